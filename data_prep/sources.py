@@ -1,0 +1,233 @@
+"""Where photographs come from: a folder tree, a bucket prefix, or the packages installed here; and their decoding."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import io
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from data_prep.storage import Storage, open_storage
+
+MAX_PIXELS = 1 << 27  # 134 megapixels: above every camera, below what fills a worker's memory
+MIN_SIDE = 8  # pixels
+FLAT = 10  # grey levels: the standard deviation under which a bundled tile shows nothing
+_FORMATS = [
+    "JPEG",
+    "MPO",
+    "PNG",
+    "WEBP",
+    "TIFF",
+    "BMP",
+    "GIF",
+    "PPM",
+    "JPEG2000",
+    "AVIF",
+    "TGA",
+]  # not EPS: it runs a program
+_BUNDLED = {  # photograph -> (package, wheel, file)
+    "astronaut": ("skimage", "scikit-image", "data/astronaut.png"),
+    "chelsea": ("skimage", "scikit-image", "data/chelsea.png"),
+    "china": ("sklearn", "scikit-learn", "datasets/images/china.jpg"),
+    "coffee": ("skimage", "scikit-image", "data/coffee.png"),
+    "flower": ("sklearn", "scikit-learn", "datasets/images/flower.jpg"),
+    "hubble": ("skimage", "scikit-image", "data/hubble_deep_field.jpg"),
+    "motorcycle": ("skimage", "scikit-image", "data/motorcycle_left.png"),
+    "rocket": ("skimage", "scikit-image", "data/rocket.jpg"),
+}
+# `max_pixels` decides here, before anything is decoded
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class PhotoError(ValueError):
+    """Why these bytes are no usable photograph."""
+
+
+class Source(ABC):
+    """Named photographs, as encoded bytes. Picklable."""
+
+    uri: str
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Every name, sorted; ValueError when there is none."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """The encoded photograph; StorageError when it cannot be read."""
+
+    def group(self, name: str) -> str | None:
+        """What must stay in one split with this photograph, or None when it stands alone."""
+        return None
+
+
+def open_source(uri: str, tile: int = 64) -> Source:
+    """`uri` is a folder, s3://bucket/prefix, or 'bundled' (then `tile` is the side of its tiles in pixels)."""
+    return BundledSource(tile) if uri == "bundled" else StorageSource(open_storage(uri))
+
+
+@dataclass(frozen=True)
+class StorageSource(Source):
+    """Every file of a folder tree or a bucket prefix."""
+
+    storage: Storage
+    uri: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "uri", self.storage.uri)
+
+    def names(self) -> list[str]:
+        folder = self.storage.path()
+        if folder is not None and not folder.is_dir():
+            raise ValueError(
+                f"data.source {self.uri} is no folder; give a folder of photographs, s3://..., or 'bundled'"
+            )
+        found = [key for key, _ in self.storage.list()]
+        if not found:
+            raise ValueError(f"data.source {self.uri} is empty; put photographs there or name another folder")
+        return found
+
+    def read(self, name: str) -> bytes:
+        return self.storage.read(name)
+
+
+@dataclass(frozen=True)
+class BundledSource(Source):
+    """Colour photographs inside the scikit-image and scikit-learn wheels, cut into tiles at scales 1 and 1/2.
+
+    Names are photograph/scale/row-column. A group is a block of 2 x 2 tiles: the half-scale tile that shows
+    the same place is in it too, so no place is in two splits. Tiles without contrast (sky, black space) are left out:
+    there is nothing in them to learn, and any smooth fill is right.
+    """
+
+    tile: int = 64
+    uri: str = "bundled"
+
+    def __post_init__(self) -> None:
+        if not 16 <= self.tile <= 256:
+            raise ValueError(f"data.tile {self.tile}: the bundled photographs give tiles of 16 to 256 pixels")
+
+    def names(self) -> list[str]:
+        found = []
+        for photo in _BUNDLED:
+            for scale in ("full", "half"):
+                shown = np.argwhere(_contrast(photo, scale == "half", self.tile) >= FLAT)
+                found += [f"{photo}/{scale}/{y:03d}-{x:03d}" for y, x in shown]
+        return sorted(found)
+
+    def read(self, name: str) -> bytes:
+        photo, scale, y, x = _parts(name)
+        pixels = bundled_photo(photo, scale == 2)
+        tile = pixels[y * self.tile : (y + 1) * self.tile, x * self.tile : (x + 1) * self.tile]
+        return cv2.imencode(".png", tile[..., ::-1])[1].tobytes()
+
+    def group(self, name: str) -> str:
+        photo, scale, y, x = _parts(name)
+        return f"{photo}/{y * scale // 2}-{x * scale // 2}"
+
+
+def _parts(name: str) -> tuple[str, int, int, int]:
+    photo, scale, place = name.split("/")
+    y, x = map(int, place.split("-"))
+    return photo, 2 if scale == "half" else 1, y, x
+
+
+@functools.lru_cache(maxsize=64)
+def _contrast(name: str, half: bool, tile: int) -> np.ndarray:
+    """Standard deviation of the grey levels of each tile [rows,columns]."""
+    photo = bundled_photo(name, half)
+    rows, columns = (side // tile for side in photo.shape[:2])
+    grey = photo[: rows * tile, : columns * tile].mean(2)
+    return grey.reshape(rows, tile, columns, tile).std((1, 3))
+
+
+@functools.lru_cache(maxsize=16)
+def bundled_photo(photo: str, half: bool = False) -> np.ndarray:
+    """uint8 [H,W,3]; `half` halves both sides by averaging squares of 2 x 2 pixels."""
+    if half:
+        full = bundled_photo(photo)
+        height, width = full.shape[0] // 2, full.shape[1] // 2
+        return cv2.resize(full[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
+    package, wheel, file = _BUNDLED[photo]
+    spec = importlib.util.find_spec(package)  # found, not imported: skimage takes a second
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"data.source bundled needs the package {wheel}: pip install {wheel}")
+    return decode_photo(Path(spec.submodule_search_locations[0], file).read_bytes())
+
+
+def decode_photo(data: bytes, max_pixels: int = MAX_PIXELS, short_side: int | None = None) -> np.ndarray:
+    """Any photograph as uint8 RGB [H,W,3], upright, transparency on white, 16 bits scaled to 8.
+
+    With `short_side`, a JPEG whose short side is far larger may be decoded at 1/2, 1/4 or 1/8 of its size
+    (never below twice `short_side`). Raises PhotoError with the reason.
+    """
+    return decode_image(data, to_rgb, MIN_SIDE, max_pixels, short_side)
+
+
+def decode_image(
+    data: bytes,
+    convert: Callable[[Image.Image], np.ndarray],
+    min_side: int = 1,
+    max_pixels: int = MAX_PIXELS,
+    short_side: int | None = None,
+) -> np.ndarray:
+    """What `convert` makes of an upright image; whatever is wrong with the bytes is a PhotoError."""
+    if not data:
+        raise PhotoError("empty file (0 bytes)")
+    try:
+        with Image.open(io.BytesIO(data), formats=_known_formats()) as photo:
+            width, height = photo.size
+            if width * height > max_pixels:
+                raise PhotoError(
+                    f"gigantic: {width} x {height} is more than {max_pixels} pixels (data.max_pixels)"
+                )
+            if min(width, height) < min_side:
+                raise PhotoError(f"too small: {width} x {height}; at least {min_side} pixels a side")
+            if short_side:
+                wanted = 2 * short_side / min(width, height)
+                photo.draft(None, (int(width * wanted) + 1, int(height * wanted) + 1))
+            return convert(ImageOps.exif_transpose(photo))
+    except PhotoError:
+        raise
+    except UnidentifiedImageError:
+        raise PhotoError("not an image in a known format") from None
+    except Image.DecompressionBombError:
+        raise PhotoError("gigantic: more pixels than can be decoded safely") from None
+    except MemoryError:
+        raise PhotoError("gigantic: no memory to decode it") from None
+    except Exception as error:  # damaged files make the decoders raise nearly anything
+        first = (str(error).splitlines() or [""])[0]
+        raise PhotoError(f"damaged or truncated: {first or type(error).__name__}") from error
+
+
+@functools.cache
+def _known_formats() -> list[str]:
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
+
+
+def has_alpha(photo: Image.Image) -> bool:
+    return photo.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in photo.info
+
+
+def to_rgb(photo: Image.Image) -> np.ndarray:
+    """uint8 RGB [H,W,3] of an image of any mode."""
+    if photo.mode[0] in "IF":
+        grey = np.asarray(photo, np.float64)
+        steps = (1, 255, 65535) if photo.mode == "F" else (255, 65535) if photo.mode == "I" else (65535,)
+        top = next(
+            (step for step in steps if grey.max() <= step), 65535
+        )  # the modes do not tell how deep they are
+        return np.repeat(np.clip(grey * (255 / top) + 0.5, 0, 255).astype(np.uint8)[..., None], 3, axis=2)
+    if has_alpha(photo):
+        photo = photo.convert("RGBA")
+        photo = Image.alpha_composite(Image.new("RGBA", photo.size, "white"), photo)
+    return np.ascontiguousarray(np.asarray(photo.convert("RGB")))

@@ -1,0 +1,33 @@
+"""Fixtures of all tests: an S3 API over HTTP."""
+
+from __future__ import annotations
+
+import os
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+SECRET = "very-secret-7f3a"
+
+
+@pytest.fixture(scope="session")
+def server():
+    """A real HTTP server that speaks S3."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def s3(server, monkeypatch):
+    """A fresh bucket; returns its uri."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    name = f"bucket-{os.urandom(4).hex()}"
+    boto3.client("s3", endpoint_url=server).create_bucket(Bucket=name)
+    return f"s3://{name}"

@@ -1,0 +1,182 @@
+"""canny_edges is skimage.feature.canny, on photographs, at every sigma, with and without a hole."""
+
+from __future__ import annotations
+
+import hashlib
+
+import cv2
+import numpy as np
+import pytest
+from skimage.color import rgb2gray
+from skimage.feature import canny
+
+from data_prep.canny import assemble_edges, canny_edges, load_edges, write_edge_shard
+from data_prep.masks import make_mask
+from data_prep.shards import ShardOptions, assemble, load_manifest, read_index, write_slice
+from data_prep.sources import bundled_photo, open_source
+from data_prep.storage import open_storage
+
+SIGMAS = (0.5, 1, 2, 3, 5)
+PHOTOS = ("astronaut", "chelsea", "china", "coffee", "flower", "hubble", "motorcycle", "rocket")
+
+
+def photo(name):
+    """Each at a size of its own, odd ones among them."""
+    full = bundled_photo(name)
+    return full[: 201 + 3 * len(name), 40 : 40 + 255 + len(name)]
+
+
+def f1(edges, reference):
+    """Agreement with a tolerance of one pixel."""
+    near = [cv2.dilate(x.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0 for x in (edges, reference)]
+    hits = edges[near[1]].sum() / max(1, edges.sum()), reference[near[0]].sum() / max(1, reference.sum())
+    return 1.0 if not edges.any() and not reference.any() else 2 * hits[0] * hits[1] / max(sum(hits), 1e-9)
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+def test_equals_skimage(sigma):
+    for name in PHOTOS:
+        image = photo(name)
+        edges, reference = canny_edges(image, sigma), canny(rgb2gray(image), sigma=sigma)
+        assert edges.dtype == bool
+        assert edges.shape == image.shape[:2]
+        assert f1(edges, reference) >= 0.999, name
+        assert (edges != reference).mean() < 1e-3, name
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+@pytest.mark.parametrize("kind", ["center", "brush", "half", "box_and_brush"])
+def test_equals_skimage_with_a_hole(sigma, kind):
+    rng = np.random.default_rng(int(sigma * 10))
+    for name in PHOTOS[:4]:
+        image = photo(name)
+        mask = make_mask(kind, *image.shape[:2], rng)
+        edges, reference = (
+            canny_edges(image, sigma, mask),
+            canny(rgb2gray(image), sigma=sigma, mask=mask == 0),
+        )
+        assert f1(edges, reference) >= 0.999, name
+        assert (edges != reference).mean() < 1e-3, name
+
+
+@pytest.mark.parametrize("sigma", [0, *SIGMAS])
+def test_the_holes_contents_never_matter(sigma):
+    rng = np.random.default_rng(0)
+    image = photo("coffee")
+    for kind in ("center", "brush", "box"):
+        mask = make_mask(kind, *image.shape[:2], rng)
+        edges = canny_edges(image, sigma, mask)
+        for contents in (0, 255, rng.integers(0, 256, image.shape, np.uint8)):
+            changed = np.where(mask[..., None] == 1, contents, image).astype(np.uint8)
+            assert np.array_equal(canny_edges(changed, sigma, mask), edges)
+        assert not edges[cv2.dilate(mask, np.ones((3, 3), np.uint8)) == 1].any()
+
+
+def test_a_hole_causes_no_edges():
+    """On a constant image there is nothing to see, whatever the hole's shape; skimage agrees."""
+    image = np.full((96, 96, 3), 180, np.uint8)
+    rng = np.random.default_rng(1)
+    for kind in ("center", "brush", "half"):
+        for sigma in (0, 1, 4):
+            assert not canny_edges(image, sigma, make_mask(kind, 96, 96, rng)).any()
+
+
+def test_an_empty_mask_is_no_mask():
+    image = photo("china")
+    assert np.array_equal(canny_edges(image, 2, np.zeros(image.shape[:2], np.uint8)), canny_edges(image, 2))
+    assert not canny_edges(image, 2, np.ones(image.shape[:2], np.uint8)).any()
+
+
+def test_a_step_is_one_line_at_its_place():
+    image = np.zeros((64, 64), np.uint8)
+    image[:, 30:] = 255
+    for sigma in (0, 0.5, 2):
+        columns = np.flatnonzero(canny_edges(image, sigma)[1:-1].all(0))
+        assert set(columns) <= {29, 30}
+        assert len(columns) >= 1
+
+
+def test_no_blur_at_sigma_zero():
+    """A line of one pixel survives no blur of sigma 5."""
+    image = np.zeros((64, 64), np.uint8)
+    image[:, 32] = 120
+    assert canny_edges(image, 0).any()
+    assert not canny_edges(image, 5).any()
+
+
+def test_grey_and_rgb_agree():
+    grey = np.ascontiguousarray(photo("rocket")[..., 1])
+    assert np.mean(canny_edges(grey, 2) != canny_edges(np.dstack([grey] * 3), 2)) < 1e-4
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (3, 3), (1, 40), (9, 200)])
+def test_small_and_thin_images(shape):
+    image = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    for sigma in (0, 1, 5):
+        reference = canny(image / 255, sigma=sigma) if sigma else None
+        edges = canny_edges(image, sigma)
+        assert edges.shape == shape
+        if reference is not None:
+            assert np.array_equal(edges, reference)
+
+
+@pytest.mark.parametrize(
+    ("image", "sigma", "mask", "words"),
+    [
+        (np.zeros((8, 8), np.float32), 1, None, "uint8"),
+        (np.zeros((8, 8, 4), np.uint8), 1, None, r"\[8, 8, 4\]"),
+        (np.zeros((8, 8), np.uint8), -1, None, "sigma -1"),
+        (np.zeros((8, 8), np.uint8), 1, np.zeros((4, 4)), "does not fit"),
+    ],
+)
+def test_what_is_wrong_is_named(image, sigma, mask, words):
+    with pytest.raises(ValueError, match=words):
+        canny_edges(image, sigma, mask)
+
+
+def test_edge_shards_go_beside_the_photographs(shards, tmp_path):
+    manifest = load_manifest(shards)
+    outs = [open_storage(tmp_path / name) for name in ("a", "b")]
+    for out in outs:
+        parts = [write_edge_shard(shards, entry, 2.0, out) for entry in manifest["shards"]]
+        assemble_edges(parts, 2.0, manifest["digest"], out)
+    assert [(key, outs[0].read(key)) for key, _ in outs[0].list()] == [
+        (key, outs[1].read(key)) for key, _ in outs[1].list()
+    ]
+    listed = load_edges(outs[0], manifest["digest"])
+    assert listed["sigma"] == 2.0
+    for entry, photos in zip(listed["shards"], manifest["shards"], strict=True):
+        assert entry["photos_sha256"] == photos["sha256"]
+        assert entry["sha256"] == hashlib.sha256(outs[0].read(entry["name"])).hexdigest()
+        index, theirs = read_index(outs[0], entry["name"]), read_index(shards, photos["name"])
+        assert index["keys"] == theirs["keys"]
+        for row in range(entry["count"]):
+            stored = [
+                storage.read_range(entry["name"], i["offsets"][row], i["sizes"][row])
+                for storage, i in ((outs[0], index), (shards, theirs))
+            ]
+            edges = cv2.imdecode(np.frombuffer(stored[0], np.uint8), cv2.IMREAD_UNCHANGED)
+            image = cv2.imdecode(np.frombuffer(stored[1], np.uint8), cv2.IMREAD_COLOR_RGB)
+            assert stored[0][24] == 1  # bits a pixel in the PNG's header
+            assert np.array_equal(edges > 0, canny(rgb2gray(image), sigma=2.0))
+
+
+def test_edges_of_other_shards_are_refused(shards, tmp_path):
+    out = open_storage(tmp_path / "edges")
+    with pytest.raises(ValueError, match="inpaint edges"):
+        load_edges(out, "x")
+    assemble_edges([], 2.0, "digest of others", out)
+    with pytest.raises(ValueError, match="other shards"):
+        load_edges(out, load_manifest(shards)["digest"])
+    entry = {**load_manifest(shards)["shards"][0], "sha256": "0" * 64}
+    with pytest.raises(ValueError, match="not what the manifest says"):
+        write_edge_shard(shards, entry, 2.0, out)
+
+
+def test_another_sigma_does_not_touch_the_photographs(tmp_path):
+    source, out = open_source("bundled"), open_storage(tmp_path / "shards")
+    options = ShardOptions(size=64, val=0, test=0)
+    manifest = assemble([write_slice(source, source.names()[:3], 0, out, options)], options, source.uri, out)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
+    write_edge_shard(out, manifest["shards"][0], 1.0, open_storage(tmp_path / "edges"))
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}

@@ -1,0 +1,295 @@
+"""Batches: a pure function of the arguments and the step, whatever ranks, threads and interruptions there are."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+from skimage.color import rgb2gray
+from skimage.feature import canny
+
+from data_prep import stream as stream_module
+from data_prep.canny import assemble_edges, canny_edges, write_edge_shard
+from data_prep.shards import ShardOptions, assemble, load_manifest, read_index, write_slice
+from data_prep.sources import open_source
+from data_prep.storage import open_storage
+from data_prep.stream import Stream, read_split
+
+MASKS = {"box": 1, "brush": 1}
+ARRAYS = ("image", "mask", "edge")
+
+
+@pytest.fixture(scope="session")
+def edges(shards, tmp_path_factory):
+    """{sigma: edge maps} of two sigmas."""
+    manifest, found = load_manifest(shards), {}
+    for sigma in (1.0, 2.0):
+        found[sigma] = open_storage(tmp_path_factory.mktemp(f"edges-{sigma:g}"))
+        parts = [write_edge_shard(shards, entry, sigma, found[sigma]) for entry in manifest["shards"]]
+        assemble_edges(parts, sigma, manifest["digest"], found[sigma])
+    return found
+
+
+def make(shards, **changes):
+    return Stream(
+        shards, "train", **{"size": 32, "batch": 8, "masks": MASKS, "seed": 3, "streams": 4, **changes}
+    )
+
+
+def equal(one, other):
+    same = one["keys"] == other["keys"]
+    return same and all(
+        (one[name] is None and other[name] is None) or np.array_equal(one[name], other[name])
+        for name in ARRAYS
+    )
+
+
+def joined(parts):
+    whole = {
+        name: None if parts[0][name] is None else np.concatenate([p[name] for p in parts]) for name in ARRAYS
+    }
+    return {**whole, "keys": [key for part in parts for key in part["keys"]]}
+
+
+def test_shapes_types_and_ranges(shards, edges):
+    batch = make(shards, edges=edges, edge_source="full", sigmas=(1.0, 2.0)).batch(0)
+    assert batch["image"].shape == (8, 3, 32, 32)
+    assert batch["mask"].shape == batch["edge"].shape == (8, 1, 32, 32)
+    assert all(batch[name].dtype == np.float32 for name in ARRAYS)
+    assert 0 <= batch["image"].min() < batch["image"].max() <= 1
+    assert set(np.unique(batch["mask"])) == set(np.unique(batch["edge"])) == {0, 1}
+    assert make(shards).batch(0)["edge"] is None
+
+
+def test_the_ranks_parts_are_the_one_global_batch(shards, edges):
+    for source in ("none", "full", "masked"):
+        options = {"edge_source": source, "edges": edges, "sigmas": (1.0, 2.0)}
+        alone = make(shards, **options)
+        for world in (2, 4):
+            ranks = [make(shards, rank=rank, world=world, **options) for rank in range(world)]
+            for step in (0, 1, 5, 17):
+                assert equal(joined([rank.batch(step) for rank in ranks]), alone.batch(step))
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_batches_are_batch_at_every_step_and_resume_anywhere(shards, edges, threads):
+    options = {"edge_source": "full", "edges": edges, "sigmas": (1.0, 2.0)}
+    expected = [make(shards, **options).batch(step) for step in range(12)]
+    for start in (0, 1, 7, 11, 12):
+        resumed = list(make(shards, threads=threads, **options).batches(start, 12))
+        assert len(resumed) == 12 - start
+        assert all(equal(a, b) for a, b in zip(resumed, expected[start:], strict=True))
+
+
+@pytest.mark.parametrize(("batch", "streams"), [(1, 1), (4, 2), (6, 3), (64, 4)])
+def test_every_sample_once_an_epoch_and_every_batch_full(shards, batch, streams):
+    """Also when the split is smaller than a batch."""
+    stream = make(shards, batch=batch, streams=streams, masks="center")
+    steps = -(-3 * stream.samples // batch) + streams
+    batches = [stream.batch(step)["keys"] for step in range(steps)]
+    assert all(len(keys) == batch for keys in batches)
+    seen = Counter(key for keys in batches for key in keys)
+    assert max(seen.values()) == 1
+    everything = {key for key, _ in read_split(shards, "train", 32)}
+    assert len(everything) == stream.samples
+    for epoch in range(2):
+        assert {key for e, key in seen if e == epoch} == everything
+
+
+def test_what_is_drawn_depends_on_the_sample_alone(shards):
+    """Another number of streams changes the order, and no sample's crop, flip or mask."""
+    seen = {}
+    for streams in (1, 2, 4):
+        stream = make(shards, streams=streams)
+        for step in range(8):
+            batch = stream.batch(step)
+            for key, image, mask in zip(batch["keys"], batch["image"], batch["mask"]):
+                first = seen.setdefault(key, (image, mask))
+                assert np.array_equal(first[0], image)
+                assert np.array_equal(first[1], mask)
+
+
+def test_crops_flips_and_masks_vary_between_epochs(shards):
+    stream = make(shards, batch=4, masks="brush")
+    by_key: dict[str, list] = {}
+    for step in range(40):
+        batch = stream.batch(step)
+        for (_, key), image, mask in zip(batch["keys"], batch["image"], batch["mask"]):
+            by_key.setdefault(key, []).append((image.tobytes(), mask.tobytes()))
+    assert all(len(set(seen)) == len(seen) for seen in by_key.values())
+
+
+def test_a_crop_is_a_piece_of_the_stored_photograph_flipped_or_not(shards):
+    whole = dict(read_split(shards, "train", 36))
+    stored = {key: photo.astype(np.float32) / 255 for key, photo in whole.items()}
+    index = {key: shape for key, shape in _shapes(shards).items() if shape == [36, 36]}
+    flips = Counter()
+    for flip in (True, False):
+        for step in range(12):
+            batch = make(shards, flip=flip).batch(step)
+            for (_, key), image in zip(batch["keys"], batch["image"]):
+                if key not in index:
+                    continue
+                pieces = [
+                    (mirrored, stored[key][y : y + 32, x : x + 32][:, :: -1 if mirrored else 1])
+                    for mirrored in (False, True)
+                    for y in range(5)
+                    for x in range(5)
+                ]
+                fits = [
+                    mirrored for mirrored, piece in pieces if np.allclose(piece.transpose(2, 0, 1), image)
+                ]
+                assert fits
+                flips[flip, fits[0]] += 1
+    assert not flips[False, True]
+
+
+def _shapes(shards):
+    found = {}
+    for entry in load_manifest(shards)["shards"]:
+        index = read_index(shards, entry["name"])
+        found |= dict(zip(index["keys"], index["shapes"]))
+    return found
+
+
+def test_flips_are_half_of_all(tmp_path):
+    """Images that are dark on the left and light on the right tell which way they came."""
+    source, out = open_source("bundled"), open_storage(tmp_path)
+    options = ShardOptions(size=64, format="png", val=0, test=0)
+    names = source.names()[:200]
+    assemble([write_slice(source, names, 0, out, options)], options, source.uri, out)
+    straight = dict(read_split(out, "train", 64))
+    for flip, share in ((True, 0.5), (False, 0.0)):
+        stream = Stream(out, "train", size=64, batch=len(straight), masks="center", flip=flip)
+        batch = stream.batch(0)
+        turned = [
+            not np.array_equal(np.round(image * 255).astype(np.uint8), straight[key].transpose(2, 0, 1))
+            for (_, key), image in zip(batch["keys"], batch["image"])
+        ]
+        assert abs(np.mean(turned) - share) <= (0.15 if share else 0)
+
+
+def test_stored_edges_are_cropped_and_flipped_like_the_photograph(shards, edges):
+    """Inside the crop, away from its border, they are Canny's of the crop at one of the two sigmas."""
+    stream = make(shards, edges=edges, edge_source="full", sigmas=(1.0, 2.0), masks="center")
+    counted = Counter()
+    for step in range(6):
+        batch = stream.batch(step)
+        for image, edge in zip(batch["image"], batch["edge"]):
+            grey = rgb2gray(np.round(image * 255).astype(np.uint8).transpose(1, 2, 0))
+            inner = slice(10, 22)
+            differing = {
+                s: np.mean(canny(grey, sigma=s)[inner, inner] != edge[0, inner, inner]) for s in (1.0, 2.0)
+            }
+            counted[min(differing, key=differing.__getitem__)] += 1
+            assert min(differing.values()) < 0.12
+    assert len(counted) == 2
+    assert (batch["edge"] * batch["mask"]).any()  # the hole's edges are kept: models decide
+
+
+def test_masked_edges_are_canny_with_the_hole_masked_out(shards):
+    batch = make(shards, edge_source="masked", sigmas=(1.5,)).batch(2)
+    for image, mask, edge in zip(batch["image"], batch["mask"], batch["edge"]):
+        pixels = np.round(image * 255).astype(np.uint8).transpose(1, 2, 0)
+        assert np.array_equal(edge[0] != 0, canny_edges(pixels, 1.5, mask[0]))
+        assert not (edge * mask).any()
+
+
+def test_adding_edges_changes_neither_photographs_nor_masks(shards, edges):
+    plain, edged = make(shards), make(shards, edges=edges, edge_source="full", sigmas=(1.0,))
+    for step in range(3):
+        a, b = plain.batch(step), edged.batch(step)
+        assert np.array_equal(a["image"], b["image"])
+        assert np.array_equal(a["mask"], b["mask"])
+
+
+def test_a_bucket_with_and_without_a_cache(shards, s3, tmp_path):
+    bucket = open_storage(f"{s3}/shards")
+    for key, _ in shards.list():
+        bucket.upload(shards.path(key), key)
+    expected = make(shards)
+    for cache in (None, tmp_path / "cache"):
+        stream = make(bucket, cache_dir=cache)
+        assert all(equal(stream.batch(step), expected.batch(step)) for step in range(3))
+    tars = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert tars <= {f"{entry['sha256']}.tar" for entry in load_manifest(shards)["shards"]}
+    assert tars
+    (tmp_path / "cache" / min(tars)).write_bytes(b"cut")  # what a full disk or a copy by hand may leave
+    repaired = make(bucket, cache_dir=tmp_path / "cache")
+    assert all(equal(repaired.batch(step), expected.batch(step)) for step in range(6))
+
+
+def test_leaving_the_loop_stops_the_threads(shards):
+    before = threading.active_count()
+    batches = make(shards, threads=4).batches(0, 10_000)
+    assert len(list(islice(batches, 3))) == 3
+    batches.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("stream"):
+            thread.join(10)
+    assert threading.active_count() <= before
+
+
+def test_only_a_few_batches_are_made_ahead(shards, monkeypatch):
+    made = []
+    begin = Stream._begin
+    monkeypatch.setattr(Stream, "_begin", lambda self, step: made.append(step) or begin(self, step))
+    batches = make(shards).batches(0, 100)
+    next(batches)
+    assert len(made) <= stream_module.AHEAD + 1
+    batches.close()
+
+
+def test_a_damaged_tar_stops_the_stream_with_its_name(photos, tmp_path):
+    source, out = open_source(str(photos)), open_storage(tmp_path)
+    options = ShardOptions(size=32, val=0, test=0)
+    manifest = assemble([write_slice(source, source.names(), 0, out, options)], options, source.uri, out)
+    name = manifest["shards"][0]["name"]
+    out.write(name, out.read(name)[:3000])
+    with pytest.raises(RuntimeError, match=name):
+        list(make(out).batches(0, 5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"streams": 3, "world": 2}, "data.streams = 3"),
+        ({"batch": 6, "streams": 4}, "train.batch = 6"),
+        ({"size": 64}, "data.size = 64"),
+        ({"masks": "boxx"}, "did you mean 'box'"),
+        ({"edge_source": "full", "sigmas": (3.0,)}, "edges.sigma: no edge maps of sigma 3"),
+        ({"edge_source": "masked", "sigmas": ()}, "edges.sigma is empty"),
+        ({"edge_source": "some"}, "edges.source = 'some'"),
+    ],
+)
+def test_what_does_not_fit_is_named(shards, changes, words):
+    with pytest.raises(ValueError, match=words):
+        make(shards, **changes)
+
+
+def test_splits_that_are_empty_or_unknown(shards):
+    for split, words in (("test", "data.test"), ("training", "train, val, test")):
+        with pytest.raises(ValueError, match=words):
+            Stream(shards, split, size=32, batch=1, masks="center")
+        with pytest.raises(ValueError, match=words):
+            next(read_split(shards, split, 32))
+
+
+def test_edges_of_other_photographs_are_refused(shards, tmp_path):
+    other = open_storage(tmp_path)
+    assemble_edges([], 1.0, "another digest", other)
+    with pytest.raises(ValueError, match="other shards"):
+        make(shards, edges={1.0: other}, edge_source="full", sigmas=(1.0,))
+    assemble_edges([], 1.0, load_manifest(shards)["digest"], other)
+    with pytest.raises(ValueError, match="lack train-0"):
+        make(shards, edges={1.0: other}, edge_source="full", sigmas=(1.0,))
+
+
+def test_read_split_is_the_centre_in_the_manifests_order(shards):
+    whole, centre = dict(read_split(shards, "train", 36)), dict(read_split(shards, "train", 20))
+    assert list(whole) == list(centre)
+    assert all(photo.shape == (36, 36, 3) and photo.dtype == np.uint8 for photo in whole.values())
+    assert all(np.array_equal(whole[key][8:28, 8:28], photo) for key, photo in centre.items())
