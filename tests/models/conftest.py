@@ -1,0 +1,113 @@
+"""Eight photographs, small models, and the alternating step of papers.md 0.3 that every test of learning uses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import skimage.data
+import skimage.feature
+import torch
+from torch import Tensor
+
+from models import build_model, model_options
+from models.base import Model, Phase
+
+SMALL = {
+    "size": 32,
+    "width": 0.125,
+    "residual_blocks": 1,
+    "features": "efficientnet_lite0",
+    "lambda_p": 0.02,
+    "lambda_s": 1.0,
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_seed() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def photos() -> Tensor:
+    """Eight 32x32 photographs [8,3,32,32] in [0,1]."""
+    tiles = []
+    for name in ("astronaut", "chelsea", "coffee", "rocket"):
+        image = getattr(skimage.data, name)()[..., :3]
+        for top, left in ((0, 0), (40, 128)):
+            tile = image[top : top + 256, left : left + 256].reshape(32, 8, 32, 8, 3).mean((1, 3))
+            tiles.append(tile / 255)
+    return torch.from_numpy(np.stack(tiles)).permute(0, 3, 1, 2).float().contiguous()
+
+
+@pytest.fixture(scope="session")
+def batch(photos: Tensor) -> dict[str, Any]:
+    """The photographs with their centres as holes and their true edges."""
+    mask = torch.zeros(8, 1, 32, 32)
+    mask[:, :, 8:24, 8:24] = 1
+    grey = photos.permute(0, 2, 3, 1).numpy() @ np.array([0.2125, 0.7154, 0.0721], np.float32)
+    edges = np.stack([skimage.feature.canny(g, sigma=1.0) for g in grey])
+    return {"image": photos, "mask": mask, "edge": torch.from_numpy(edges)[:, None].float()}
+
+
+@pytest.fixture(scope="session")
+def small() -> Callable[..., Model]:
+    """small(name, **options): the model as small as it gets; options that a model lacks are left out."""
+
+    def build(name: str, **options: Any) -> Model:
+        known = {field.name for field in dataclasses.fields(model_options(name))}
+        return build_model(name, **{k: v for k, v in {**SMALL, **options}.items() if k in known})
+
+    return build
+
+
+class Trainer:
+    """Adam for the networks of one phase, and the step."""
+
+    def __init__(self, model: Model, phase: Phase, lr: float | None = None) -> None:
+        model.set_phase(phase)
+        self.model, self.phase = model, phase
+
+        def adam(names: tuple[str, ...]) -> Any:
+            groups = [{"params": [*model.networks[n].parameters()], "lr": lr or phase.lr[n]} for n in names]
+            return torch.optim.Adam(groups, betas=phase.betas) if groups else None
+
+        self.generators, self.discriminators = adam(phase.generators), adam(phase.discriminators)
+
+    def discriminator_step(self, batch: dict[str, Any], out: dict[str, Tensor]) -> dict[str, Tensor]:
+        losses = self.model.discriminator_losses(batch, out, self.phase)
+        self._descend(self.discriminators, losses)
+        return losses
+
+    def generator_step(self, batch: dict[str, Any], out: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name in self.phase.discriminators:
+            self.model.networks[name].requires_grad_(False)
+        losses = self.model.generator_losses(batch, out, self.phase)
+        self._descend(self.generators, losses)
+        for name in self.phase.discriminators:
+            self.model.networks[name].requires_grad_(True)
+        return losses
+
+    def step(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        out = self.model.generate(batch, self.phase)
+        losses = self.discriminator_step(batch, out) if self.phase.discriminators else {}
+        return {**losses, **self.generator_step(batch, out)}
+
+    def _descend(self, optimiser: Any, losses: dict[str, Tensor]) -> None:
+        weights = self.model.weights(self.phase)
+        optimiser.zero_grad()
+        torch.stack([weights[name] * value for name, value in losses.items()]).sum().backward()
+        optimiser.step()
+
+
+@pytest.fixture(scope="session")
+def training() -> SimpleNamespace:
+    return SimpleNamespace(Trainer=Trainer)

