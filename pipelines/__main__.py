@@ -1,0 +1,180 @@
+"""The command line, installed as `inpaint`: arguments and errors; what the commands do is in commands.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+MODEL = "models:/NAME@ALIAS, models:/NAME/VERSION or a checkpoint folder"
+RECIPE = "name of a shipped recipe, or a YAML file"
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Exit status: 0 done, 1 an error said in one line, 2 wrong usage, 130 interrupted."""
+    args = parser().parse_args(arguments)
+    os.environ.setdefault("WDS_SECURE", "1")  # webdataset: no shell in URLs, no unpickling
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    from pipelines import commands
+
+    try:
+        sys.exit(getattr(commands, args.command.replace("-", "_"))(args))
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues where it was", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+    except Exception as error:
+        if args.debug:
+            raise
+        print(f"inpaint {args.command}: {one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def one_line(error: BaseException) -> str:
+    """What the user needs to know; the type's name only where the text alone says too little."""
+    text = " ".join(str(error).split())
+    if isinstance(error, ValueError | RuntimeError | OSError) and text:
+        return text
+    return f"{type(error).__name__}{': ' + text if text else ''} (--debug shows where)"
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="inpaint",
+        description="Photographs in, a registered inpainting model out.",
+        epilog="example: inpaint run demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, text: str, example: str, to: Any = commands) -> argparse.ArgumentParser:
+        command = to.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=f"example: inpaint {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return command
+
+    def add_recipe(name: str, text: str, example: str) -> argparse.ArgumentParser:
+        command = add(name, text, example)
+        command.add_argument("recipe", metavar="RECIPE", help=RECIPE)
+        command.add_argument(
+            "--set", metavar="KEY.SUB=VALUE", action="append", default=[], help="override a field; repeatable"
+        )
+        command.add_argument("--storage", help="folder or s3://bucket/prefix for everything a run keeps")
+        command.add_argument("--tracking", help="MLflow's address")
+        return command
+
+    add_recipe(
+        "run",
+        "run the whole chain: shard, edges, train, evaluate, register",
+        "run demo --set data.source=photos",
+    )
+    add_recipe("plan", "show which steps a run would take, and why", "plan demo")
+    add_recipe(
+        "status", "show how far a run is, from its storage alone", "status demo --storage s3://bucket/runs"
+    )
+    add_recipe("train", "run the chain up to the trained weights", "train demo --set seed=1")
+
+    shard = add("shard", "cut photographs into webdataset tars", "shard ~/photos shards --size 256")
+    shard.add_argument("source", metavar="SOURCE", help="a folder, s3://bucket/prefix, or bundled")
+    shard.add_argument("dest", metavar="DEST", help="a folder or s3://bucket/prefix")
+    shard.add_argument(
+        "--size", type=int, default=256, help="short side of a training crop in pixels (%(default)s)"
+    )
+    shard.add_argument("--margin", type=int, default=0, help="extra pixels for random crops (%(default)s)")
+    shard.add_argument("--crop", choices=("keep", "square"), default="keep", help="aspect (%(default)s)")
+    shard.add_argument("--format", choices=("jpg", "png"), default="jpg", help="(%(default)s)")
+    shard.add_argument(
+        "--shard-photos", type=int, default=1000, help="photographs a shard is cut from (%(default)s)"
+    )
+
+    edges = add("edges", "compute Canny edge tars beside the shards", "edges shards --sigma 1 2 3")
+    edges.add_argument("shards", metavar="SHARDS", help="what `inpaint shard` made")
+    edges.add_argument(
+        "--sigma", metavar="S", type=float, nargs="+", required=True, help="Canny's sigma, in pixels"
+    )
+
+    evaluate = add(
+        "evaluate",
+        "score a model and the classical baselines on photographs",
+        "evaluate models:/edge_connect@champion --images photos --masks center --out scores",
+    )
+    evaluate.add_argument("model", metavar="MODEL", help=MODEL)
+    evaluate.add_argument("--images", metavar="DIR", required=True, help="folder of photographs, or bundled")
+    evaluate.add_argument(
+        "--masks", metavar="DIR_OR_KIND", required=True, help="folder of masks, or a kind: center, box ..."
+    )
+    evaluate.add_argument(
+        "--out", metavar="DIR", required=True, help="folder for the table, report and pictures"
+    )
+    evaluate.add_argument("--size", type=int, help="photographs are cut to this size (default: the model's)")
+    evaluate.add_argument("--count", type=int, default=200, help="photographs at most (%(default)s)")
+    evaluate.add_argument("--seed", type=int, default=0, help="of the masks (%(default)s)")
+    evaluate.add_argument("--tracking", help="MLflow's address")
+
+    fill = add(
+        "fill",
+        "fill the hole of a photograph",
+        "fill models:/edge_connect@champion photo.jpg mask.png --out filled.png",
+    )
+    fill.add_argument("model", metavar="MODEL", help=MODEL)
+    fill.add_argument("image", metavar="IMAGE", help="a photograph of any size and mode")
+    fill.add_argument("mask", metavar="MASK", help="a picture of the same size: white = hole")
+    fill.add_argument(
+        "--out", metavar="FILE", required=True, help="where the filled photograph goes (PNG keeps every bit)"
+    )
+    fill.add_argument("--edges", metavar="FILE", help="drawn edges inside the hole, white on black")
+    fill.add_argument("--invert-mask", action="store_true", help="the mask's black is the hole")
+    fill.add_argument("--dilate", metavar="PIXELS", type=int, default=0, help="grow the hole (%(default)s)")
+    fill.add_argument(
+        "--max-side", metavar="PIXELS", type=int, default=512, help="longest side of a window (%(default)s)"
+    )
+    fill.add_argument("--tracking", help="MLflow's address")
+
+    models = add("models", "look models up in the registry, promote them, take them back", "models list")
+    actions = models.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def add_action(name: str, text: str, example: str) -> argparse.ArgumentParser:
+        action = add(name, text, f"models {example}", actions)
+        action.add_argument("--tracking", help="MLflow's address")
+        return action
+
+    listing = add_action("list", "all registered models", "list")
+    listing.add_argument("--json", action="store_true", help="as JSON")
+    show = add_action("show", "a model's versions, or all about one version", "show edge_connect@champion")
+    show.add_argument("model", metavar="NAME[@ALIAS|/VERSION]")
+    show.add_argument("--json", action="store_true", help="as JSON")
+    compare = add_action(
+        "compare",
+        "score two versions on the same photographs and masks",
+        "compare models:/edge_connect@champion models:/edge_connect@candidate --images photos --masks center",
+    )
+    compare.add_argument("model", metavar="A", help=MODEL)
+    compare.add_argument("other", metavar="B", help=MODEL)
+    compare.add_argument(
+        "--images", metavar="DIR", default="bundled", help="folder of photographs (%(default)s)"
+    )
+    compare.add_argument("--masks", metavar="DIR_OR_KIND", default="center", help="(%(default)s)")
+    compare.add_argument("--count", type=int, default=100, help="photographs at most (%(default)s)")
+    promote = add_action("promote", "give a version an alias", "promote edge_connect/2 --alias champion")
+    promote.add_argument("model", metavar="NAME/VERSION")
+    promote.add_argument("--alias", default="champion", help="(%(default)s)")
+    promote.add_argument("--reason", default="", help="kept in the history")
+    rollback = add_action(
+        "rollback", "give the alias back to the version that had it before", "rollback edge_connect"
+    )
+    rollback.add_argument("model", metavar="NAME")
+    rollback.add_argument("--alias", default="champion", help="(%(default)s)")
+    return top
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,276 @@
+"""What the commands of the command line do. Heavy imports are inside: looking something up must not load Ray."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.reading import check_recipe, load_recipe
+from pipelines.recipe import Recipe
+
+if TYPE_CHECKING:
+    from pipelines.durable import Workflow
+    from pipelines.tracking import Tracking
+
+
+def run(args: argparse.Namespace) -> int:
+    return _run(args, until="register")
+
+
+def train(args: argparse.Namespace) -> int:
+    return _run(args, until="train")
+
+
+def plan(args: argparse.Namespace) -> int:
+    workflow = _workflow(args)
+    rows = [[s.name, s.state, _seconds(s.seconds), s.why] for s in workflow.plan()]
+    _print_table(["step", "state", "seconds", "why"], rows)
+    return 0
+
+
+def status(args: argparse.Namespace) -> int:
+    workflow = _workflow(args)
+    rows = [
+        [s.name, s.state, str(s.attempts or ""), _seconds(s.seconds), s.error or s.why]
+        for s in workflow.status()
+    ]
+    _print_table(["step", "state", "attempts", "seconds", "note"], rows)
+    return 0
+
+
+def shard(args: argparse.Namespace) -> int:
+    from data_prep.shards import ShardOptions
+    from data_prep.storage import open_storage
+    from pipelines.fanout import shard_photographs
+    from pipelines.progress import Show
+    from pipelines.session import ray_session
+
+    options = ShardOptions(size=args.size, margin=args.margin, crop=args.crop, format=args.format)
+    out = open_storage(args.dest)
+    out.check_writable()
+    with ray_session(args.debug), Show() as show:
+        manifest = shard_photographs(args.source, out, options, args.shard_photos, _reporter(show, "shard"))
+        show("shard", "finished", note=_splits(manifest["splits"]))
+    for reject in manifest["rejects"]:
+        print(f"  rejected {reject['name']}: {reject['reason']}")
+    print(
+        f"{len(manifest['shards'])} shards in {out.uri}, {len(manifest['rejects'])} rejects (manifest.json lists them)"
+    )
+    return 0
+
+
+def edges(args: argparse.Namespace) -> int:
+    from data_prep.storage import open_storage
+    from pipelines.fanout import make_edges
+    from pipelines.progress import Show
+    from pipelines.session import ray_session
+
+    shards = open_storage(args.shards)
+    with ray_session(args.debug), Show() as show:
+        for sigma in args.sigma:
+            name = f"edges/sigma-{sigma:g}"
+            make_edges(shards, sigma, shards.sub(name), _reporter(show, name))
+            show(name, "finished")
+    print(f"edge tars in {shards.uri}/edges")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    from pipelines.scoring import score_models
+
+    score_models(
+        [args.model],
+        images=args.images,
+        masks=args.masks,
+        tracking_uri=_tracking(args),
+        size=args.size,
+        count=args.count,
+        seed=args.seed,
+        out=Path(args.out),
+    )
+    return 0
+
+
+def fill(args: argparse.Namespace) -> int:
+    from pipelines import registry
+    from pipelines.fill import fill as fill_photograph
+    from pipelines.progress import Show
+
+    model = registry.load_model(args.model, tracking_uri=_tracking(args))
+    with Show() as show:
+        done = fill_photograph(
+            model,
+            args.image,
+            args.mask,
+            args.out,
+            invert=True if args.invert_mask else None,
+            dilate=args.dilate,
+            max_side=args.max_side,
+            edges_path=args.edges,
+            progress=lambda done, windows: show("fill", "running", done, windows, "windows"),
+        )
+    print("\n".join(done["lines"]))
+    return 0
+
+
+def models(args: argparse.Namespace) -> int:
+    from pipelines import registry
+
+    uri = _tracking(args)
+    if args.action == "list":
+        rows = registry.list_models(uri)
+        if args.json:
+            print(json.dumps(rows, indent=1))
+        elif rows:
+            _print_table(list(rows[0]), [[str(value or "") for value in row.values()] for row in rows])
+        else:
+            print(f"no models are registered at {uri}; `inpaint run demo` registers two")
+    elif args.action == "show":
+        found = registry.show(_model_uri(args.model), uri)
+        print(json.dumps(found, indent=1, default=str) if args.json else _shown(found))
+    elif args.action == "compare":
+        from pipelines.scoring import score_models
+
+        score_models(
+            [args.model, args.other],
+            images=args.images,
+            masks=args.masks,
+            tracking_uri=uri,
+            count=args.count,
+        )
+    elif args.action == "promote":
+        name, _, version = args.model.removeprefix("models:/").partition("/")
+        before = registry.promote(
+            name, version, args.alias, reason=args.reason or "by hand", tracking_uri=uri
+        )
+        print(
+            f"{name} version {version} is now {args.alias}"
+            + (f" (before: version {before})" if before else "")
+        )
+    else:
+        name = args.model.removeprefix("models:/")
+        version = registry.rollback(name, args.alias, tracking_uri=uri)
+        print(f"{name}: {args.alias} is version {version} again")
+    return 0
+
+
+def _run(args: argparse.Namespace, until: str) -> int:
+    from pipelines.workflow import build_workflow
+
+    began = time.monotonic()
+    recipe = _recipe(args)
+    tracking = _tracking_for(recipe)
+    workflow = build_workflow(recipe, tracking, until=until)
+    values = workflow.finished()
+    if values is None:
+        values = _work(args, recipe, tracking, workflow)
+        print(f"finished in {time.monotonic() - began:.0f} s")
+    else:
+        print(f"everything was found finished in {workflow.storage.uri}; nothing to do")
+    if until == "register":
+        from pipelines.outcome import show_outcome
+
+        show_outcome(recipe, workflow, values, tracking)
+    else:
+        for name, value in values.items():
+            if "weights" in value:
+                print(f"{name}: {workflow.storage.uri}/{value['weights']}")
+    return 0
+
+
+def _work(args: argparse.Namespace, recipe: Recipe, tracking: Tracking, workflow: Workflow) -> dict[str, Any]:
+    from pipelines import tracking as mlflow_runs
+    from pipelines.progress import Show
+    from pipelines.session import ray_session
+    from pipelines.workflow import with_parent
+
+    check_recipe(recipe)
+    workflow.storage.check_writable()
+    with workflow.hold() as held:
+        tags = {"inpaint.recipe": recipe.to_yaml()[:5000]}
+        parent = mlflow_runs.open_run(tracking, recipe.digest, recipe.name, tags=tags)
+        print(
+            f"recipe {recipe.name}: storage {workflow.storage.uri}, MLflow {mlflow_runs.shown(tracking.uri)}",
+            flush=True,
+        )
+        with mlflow_runs.running(tracking, parent), ray_session(args.debug), Show() as show:
+            return with_parent(workflow, parent).run(show, held)
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    named = [f"{key}={getattr(args, key)}" for key in ("storage", "tracking") if getattr(args, key, None)]
+    return load_recipe(args.recipe, [*args.set, *named])
+
+
+def _workflow(args: argparse.Namespace) -> Workflow:
+    from pipelines.workflow import build_workflow
+
+    recipe = _recipe(args)
+    return build_workflow(recipe, _tracking_for(recipe))
+
+
+def _tracking_for(recipe: Recipe) -> Tracking:
+    from pipelines.tracking import tracking_for
+
+    return tracking_for(recipe.tracking, recipe.experiment, recipe.storage)
+
+
+def _tracking(args: argparse.Namespace) -> str:
+    """--tracking, else MLFLOW_TRACKING_URI, else what a recipe without either uses here."""
+    from pipelines.tracking import tracking_for
+
+    return tracking_for(getattr(args, "tracking", None), "inpaint", "runs").uri
+
+
+def _model_uri(text: str) -> str:
+    """NAME, NAME@ALIAS and NAME/VERSION, with or without models:/ before them."""
+    name = text.removeprefix("models:/")
+    return f"models:/{name}" if "@" in name or "/" in name else name
+
+
+def _reporter(show: Any, name: str) -> Any:
+    return lambda done, total, note="": show(name, "running", done, total, note)
+
+
+def _splits(splits: dict[str, int]) -> str:
+    return ", ".join(f"{count} {split}" for split, count in splits.items())
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _shown(found: dict[str, Any]) -> str:
+    """Nested rows as indented lines."""
+    lines: list[str] = []
+
+    def walk(value: Any, name: str, depth: int) -> None:
+        indent = "  " * depth
+        if isinstance(value, dict) and value:
+            lines.append(f"{indent}{name}:")
+            for key, inner in value.items():
+                walk(inner, str(key), depth + 1)
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for index, inner in enumerate(value):
+                walk(inner, f"{name}[{index}]", depth)
+        elif isinstance(value, str) and "\n" in value:
+            lines.append(f"{indent}{name}:")
+            lines.extend(f"{indent}  {line}" for line in value.splitlines())
+        elif value not in (None, "", {}, []):
+            lines.append(f"{indent}{name}: {value}")
+
+    for key, value in found.items():
+        walk(value, key, 0)
+    return "\n".join(lines)
+
+
+def _print_table(head: list[str], rows: list[list[str]]) -> None:
+    table = [head, *[[str(cell) for cell in row] for row in rows]]
+    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    sys.stdout.flush()

@@ -1,0 +1,249 @@
+"""One rank's share of learning: alternating steps, averaged gradients, moving averages, and its state.
+
+Knows torch and the model interface, neither Ray nor MLflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models.base import Model, Phase
+
+
+class NonFiniteLoss(ValueError):
+    """A loss term became infinite or not a number; raised before the optimiser step."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The phases of a training, laid end to end: (phase, first step, end)."""
+
+    parts: tuple[tuple[Phase, int, int], ...]
+
+    @property
+    def total(self) -> int:
+        return self.parts[-1][2]
+
+    def at(self, step: int) -> Phase:
+        return next(phase for phase, _, end in self.parts if step < end)
+
+
+def make_schedule(model: Model, steps: Mapping[str, int]) -> Schedule:
+    """The paper's phases with the recipe's lengths; a phase of 0 steps is left out.
+
+    Raises ValueError when nothing is left to train.
+    """
+    parts, start = [], 0
+    for phase in model.phases:
+        length = steps.get(phase.name, phase.steps)
+        if length:
+            parts.append((phase, start, start + length))
+            start += length
+    if not parts:
+        raise ValueError(f"train.steps leaves no phase of {model.name}: give at least one of them steps")
+    return Schedule(tuple(parts))
+
+
+@dataclass
+class Learner:
+    """A model with its optimisers. `step` is a pure function of (state, step number, batch).
+
+    Nothing random is carried from step to step: torch is seeded anew by (seed, step, rank) before each, so the
+    state is networks, optimisers, moving averages and a position.
+    """
+
+    model: Model
+    schedule: Schedule
+    seed: int
+    rank: int = 0
+    world: int = 1
+    lr_scale: float = 1.0
+    ema_decay: float = 0.0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __post_init__(self) -> None:
+        self.model.to(self.device)
+        self.phase: Phase | None = None
+        self.optimisers: dict[str, torch.optim.Adam] = {}
+        self.gradients: dict[str, Tensor] = {}
+        self.ema: dict[str, Tensor] = {}
+        if self.world > 1:
+            for tensor in self.model.networks.state_dict().values():
+                dist.broadcast(tensor, src=0)
+        if self.ema_decay:
+            self.ema = {key: value.clone() for key, value in self._averaged()}
+
+    def step(self, step: int, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Discriminators first, then generators, after papers.md 0.3; returns this rank's unweighted terms.
+
+        Raises NonFiniteLoss, on every rank alike, before a parameter changes.
+        """
+        phase = self.enter(self.schedule.at(step))
+        torch.manual_seed(int(np.random.SeedSequence([self.seed, step, self.rank]).generate_state(1)[0]))
+        batch = self._to_device(batch)
+        out = self.model.generate(batch, phase)
+        terms: dict[str, Tensor] = {}
+        if phase.discriminators:
+            losses = self.model.discriminator_losses(batch, out, phase)
+            self._descend(step, losses, phase.discriminators)
+            terms |= losses
+        with _frozen(self.model.networks[name] for name in phase.discriminators):
+            losses = self.model.generator_losses(batch, out, phase)
+            self._descend(step, losses, phase.generators)
+            terms |= losses
+        if self.ema_decay:
+            for key, value in self._averaged():
+                if value.is_floating_point():
+                    self.ema[key].lerp_(value, 1 - self.ema_decay)
+                else:
+                    self.ema[key].copy_(value)
+        return {key: value.detach() for key, value in terms.items()}
+
+    def enter(self, phase: Phase) -> Phase:
+        """Change to a phase: freeze and thaw its networks, and start their optimisers afresh."""
+        if self.phase is not phase:
+            self.phase = phase
+            self.model.set_phase(phase)
+            for parameter in self.model.parameters():
+                parameter.grad = None
+            names = (*phase.discriminators, *phase.generators)
+            self.gradients = {name: _flat_gradient(self.model.networks[name]) for name in names}
+            self.optimisers = {
+                name: torch.optim.Adam(
+                    [p for p in self.model.networks[name].parameters() if p.requires_grad],
+                    lr=phase.lr[name] * self.lr_scale,
+                    betas=phase.betas,
+                    fused=True,
+                )
+                for name in names
+            }
+        return phase
+
+    def _descend(self, step: int, losses: Mapping[str, Tensor], names: Iterable[str]) -> None:
+        """One optimiser step on the weighted sum, with gradients averaged over the ranks.
+
+        A network's gradients lie in one flat tensor: one all_reduce instead of DDP's hooks, which change their
+        buckets after the first iteration, so that a resumed run would sum in another order and differ in its last
+        bits from three ranks up; and no memory is handed back and asked for again in every step.
+        """
+        assert self.phase is not None
+        weights = self.model.weights(self.phase)
+        flats = [self.gradients[name] for name in names]
+        for flat in flats:
+            flat.zero_()
+        sum(weights[name] * value for name, value in losses.items()).backward()  # type: ignore[union-attr]
+        for flat in flats:
+            if self.world > 1:
+                dist.all_reduce(flat)
+                flat /= self.world
+            if not torch.isfinite(flat.sum()):
+                raise NonFiniteLoss(self._blame(step, losses))
+        for name in names:
+            self.optimisers[name].step()
+
+    def _blame(self, step: int, losses: Mapping[str, Tensor]) -> str:
+        """Which terms are not finite, asked of all ranks: only some of them may have seen it."""
+        bad = sorted(name for name, value in losses.items() if not torch.isfinite(value).all())
+        if self.world > 1:
+            gathered: list[list[str]] = [[] for _ in range(self.world)]
+            dist.all_gather_object(gathered, bad)
+            bad = sorted({name for names in gathered for name in names})
+        what = f"the loss term {', '.join(bad)}" if bad else f"the gradient of {', '.join(losses)}"
+        phase = self.phase.name if self.phase else "?"
+        return (
+            f"{what} is not finite at step {step} (phase {phase}); nothing was changed by this step. "
+            "Lower train.lr_scale or the term's weight"
+        )
+
+    def _to_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        moved: dict[str, Any] = {
+            key: torch.from_numpy(value).to(self.device, non_blocking=True)
+            for key, value in batch.items()
+            if isinstance(value, np.ndarray)
+        }
+        moved.setdefault("edge", None)
+        moved["mask_mean"] = self.mean(moved["mask"].mean())
+        return moved
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over the ranks, each of which has the same number of photographs."""
+        if self.world > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+            value /= self.world
+        return value
+
+    def _averaged(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors the moving average follows: all but the discriminators'."""
+        judges = {name for phase in self.model.phases for name in phase.discriminators}
+        for name, network in self.model.networks.items():
+            if name not in judges:
+                for key, value in network.state_dict().items():
+                    yield f"{name}.{key}", value
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the generators have their averaged weights, where the recipe asks for an average."""
+        own = {key: value.clone() for key, value in self._averaged()} if self.ema else {}
+        self._overwrite(self.ema)
+        try:
+            yield
+        finally:
+            self._overwrite(own)
+
+    @torch.no_grad()
+    def _overwrite(self, values: Mapping[str, Tensor]) -> None:
+        for key, value in self._averaged():
+            if key in values:
+                value.copy_(values[key])
+
+    def state(self, step: int) -> dict[str, Any]:
+        """Everything the next step depends on, after `step` steps; loads with weights_only."""
+        return {
+            "step": step,
+            "seed": self.seed,
+            "phase": self.phase.name if self.phase else None,
+            "networks": self.model.networks.state_dict(),
+            "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()},
+            "ema": self.ema,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> int:
+        """Take over a state; returns the number of steps it has behind it."""
+        self.model.networks.load_state_dict(state["networks"])
+        self.ema = {key: value.to(self.device) for key, value in state["ema"].items()}
+        for phase, _, _ in self.schedule.parts:
+            if phase.name == state["phase"]:
+                self.enter(phase)
+                for name, optimiser in self.optimisers.items():
+                    optimiser.load_state_dict(state["optimisers"][name])
+        return int(state["step"])
+
+
+def _flat_gradient(network: nn.Module) -> Tensor:
+    """One tensor for all gradients of a network; each parameter's `grad` is a view of its part."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter)
+    return flat
+
+
+@contextmanager
+def _frozen(networks: Iterable[nn.Module]) -> Iterator[None]:
+    parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)

@@ -1,0 +1,182 @@
+"""Recipes from YAML files and overrides, checked, with errors that name the nearest known field."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from pipelines.recipe import ModelSection, Recipe
+
+SHIPPED = Path(__file__).parent / "recipes"
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; one line that names the field at fault and the mend."""
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a shipped recipe or a YAML file and apply `key.sub=value` overrides.
+
+    Raises RecipeError in one line that names the file or field at fault and the nearest known one.
+    """
+    path = SHIPPED / f"{name}.yaml"
+    if not path.is_file():
+        path = Path(name)
+        if not path.is_file():
+            near = _nearest(name, shipped_recipes())
+            raise RecipeError(
+                f"no recipe {name!r}: neither a file nor one of {', '.join(shipped_recipes())}{near}"
+            )
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path} is no recipe: expected fields such as `data:` and `models:`")
+    raw.setdefault("name", path.stem)
+    for override in overrides:
+        _override(raw, override)
+    return parse_recipe(raw, str(path))
+
+
+def parse_recipe(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Validate fields already read. Raises RecipeError like `load_recipe`."""
+    try:
+        return Recipe.model_validate(dict(raw))
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_first_line(error)}") from None
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Check what only the models, masks and metrics know: names, options, phases, weights of feature stacks.
+
+    Imports torch. Raises RecipeError in one line, before anything has run.
+    """
+    import torch
+
+    from data_prep.masks import open_masks
+    from models import build_model
+    from pipelines.distances import pooled_features
+    from pipelines.evaluate import EvaluationSpec
+    from pipelines.metrics import DEFINITIONS
+    from pipelines.resources import local_options
+
+    def check(field: str, attempt: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        try:
+            return attempt(*arguments, **options)
+        except (ValueError, TypeError, OSError) as error:
+            raise RecipeError(f"{field}: {error}") from None
+
+    for key, section in recipe.models.items():
+        with torch.device("meta"):
+            model = check(
+                f"models.{key}",
+                build_model,
+                section.name,
+                **check(f"models.{key}", local_options, section.options),
+            )
+        phases = [phase.name for phase in model.phases]
+        steps = recipe.train_of(key).steps
+        for name in steps:
+            if name not in phases:
+                near = _nearest(name, phases)
+                raise RecipeError(
+                    f"train.steps.{name}: {section.name} has the phases {', '.join(phases)}{near}"
+                )
+        for phase in model.phases:
+            if steps.get(phase.name, phase.steps):
+                check(f"models.{key}", model.prepare, phase)
+        masks = recipe.masks_of(key)
+        check("masks", open_masks, masks)
+    for kind in recipe.evaluate.masks:
+        check("evaluate.masks", open_masks, kind)
+    if recipe.evaluate.metric not in DEFINITIONS:
+        near = _nearest(recipe.evaluate.metric, list(DEFINITIONS))
+        raise RecipeError(
+            f"evaluate.metric: no {recipe.evaluate.metric!r} among {', '.join(DEFINITIONS)}{near}"
+        )
+    spec = EvaluationSpec.of(recipe.evaluate.model_dump(mode="json"))
+    if spec.distance is not None:
+        check("evaluate.distance", pooled_features, spec.distance)
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    path, separator, value = text.partition("=")
+    if not separator or not path:
+        raise RecipeError(f"--set {text!r}: expected key.sub=value, for example --set train.batch=32")
+    keys, node = path.split("."), raw
+    if keys[0] == "model" and "model" not in raw:
+        models = raw.get("models") or {}
+        if len(models) != 1:
+            raise RecipeError(
+                f"--set {path}: the recipe has {len(models)} models, say models.NAME.{'.'.join(keys[1:])}"
+            )
+        keys[:1] = ["models", next(iter(models))]
+    for key in keys[:-1]:
+        child = node.setdefault(key, {})
+        if child is None:
+            child = node[key] = {}
+        if isinstance(child, list):
+            raise RecipeError(f"--set {path}: {key} is a list; give the whole list, as in --set {key}=[1,2]")
+        if not isinstance(child, dict):
+            child = node[key] = {}
+        node = child
+    try:
+        node[keys[-1]] = _number(yaml.safe_load(value))
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {path}: {value!r} is not a YAML value") from None
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-3 as text; people mean the number."""
+    if isinstance(value, str):
+        try:
+            number = float(value)
+        except ValueError:
+            return value
+        return number if math.isfinite(number) else value
+    return value
+
+
+def _first_line(error: ValidationError) -> str:
+    """The first problem of a validation, as one line: field, what is wrong, nearest known field."""
+    problem = error.errors()[0]
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(problem["loc"][:-1])
+        return f"unknown field {path}{_nearest(str(problem['loc'][-1]), known) or ': known are ' + ', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"{path} is missing"
+    message = problem["msg"].removeprefix("Value error, ")
+    given = "" if isinstance(problem["input"], Mapping) else f" (given: {problem['input']!r})"
+    return f"{path}: {message}{given}" if path else message
+
+
+def _fields_at(location: Sequence[Any]) -> list[str]:
+    node: Any = Recipe
+    for part in location:
+        if node is Recipe and part == "models":
+            node = None
+        elif node is None:
+            node = ModelSection
+        else:
+            kinds = [node.model_fields[part].annotation] if part in node.model_fields else []
+            kinds += [kind for outer in kinds for kind in getattr(outer, "__args__", ())]
+            node = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), ModelSection)
+    return list(node.model_fields) if node is not None else []
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""

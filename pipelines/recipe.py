@@ -1,0 +1,235 @@
+"""The typed recipe: what one run is made of, read from YAML, frozen, with errors that name the nearest known field."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Data(Section):
+    """Which photographs, and how they are kept in the shards."""
+
+    source: str = Field("bundled", description="a folder, s3://bucket/prefix, or `bundled`")
+    size: Annotated[int, Field(ge=32)] = Field(256, description="side of a training crop, in pixels")
+    margin: Annotated[int, Field(ge=0)] = Field(
+        0, description="extra pixels of the short side, for random crops"
+    )
+    crop: Literal["keep", "square"] = Field("keep", description="keep the aspect, or centre-crop to a square")
+    format: Literal["jpg", "png"] = "jpg"
+    quality: Annotated[int, Field(ge=1, le=100)] = 95
+    val: Fraction = 0.1
+    test: Fraction = 0.1
+    shard_photos: Positive = Field(1000, description="photographs a shard is cut from")
+    max_rejects: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="share of unreadable files above which sharding fails"
+    )
+    flip: bool = True
+    streams: Positive = Field(
+        2, description="ranges an epoch is cut into: a common multiple of the rank counts"
+    )
+    threads: Positive = Field(1, description="decoding threads of a training worker")
+
+
+class Edges(Section):
+    """Canny's sigma (several: one is drawn per photograph) and what the hole hides from it in training."""
+
+    sigma: tuple[Annotated[float, Field(ge=0, le=20)], ...] = (2.0,)
+    source: Literal["full", "masked", "none"] = Field(
+        "full",
+        description="full: Canny on the whole photograph, as released; masked: never looks into the hole",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _scalar(cls, value: Any) -> Any:
+        if value == "none":
+            return {"source": "none"}
+        if isinstance(value, Mapping) and isinstance(value.get("sigma"), int | float):
+            return {**value, "sigma": [value["sigma"]]}
+        return value
+
+    @model_validator(mode="after")
+    def _some(self) -> Edges:
+        if not self.sigma:
+            raise ValueError("give at least one sigma")
+        return self
+
+
+Scalar = bool | int | float | str | None
+Masks = Annotated[
+    dict[str, float | dict[str, Scalar | list[float]]],
+    BeforeValidator(lambda value: {value: 1.0} if isinstance(value, str) else value),
+]
+"""Kinds (center, box, block, region, brush, box_and_brush, half) or folders, each with its share or its options:
+`center`, `{block: 1, half: 1}`, `{brush: {max_width: 20, share: 2}}`."""
+
+
+class Train(Section):
+    """How long, on how many photographs at once, and what is kept on the way."""
+
+    steps: dict[str, Annotated[int, Field(ge=0)]] = Field(
+        {}, description="steps of each phase; 0 leaves it out"
+    )
+    batch: Positive = Field(16, description="photographs a step, over all workers")
+    lr_scale: Annotated[float, Field(gt=0)] = Field(1.0, description="factor on the paper's learning rates")
+    ema: Fraction = Field(0.0, description="decay of the averaged generator weights; 0 = none")
+    checkpoint_every: Positive = 500
+    log_every: Positive = 20
+    keep: Positive = Field(2, description="checkpoints kept")
+
+
+class Scaling(Section):
+    """Workers of one training and what each may use."""
+
+    workers: Positive = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        3, description="worker groups lost before training gives up"
+    )
+
+
+class ModelSection(BaseModel):
+    """One model to train. Every field that is not named here is an option of the model: the lambdas, `width`..."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
+
+    name: str
+    seed: int | None = None
+    masks: Masks | None = None
+    edges: Edges | None = None
+    train: Train | None = None
+    register_as: str | None = Field(
+        None, description="name in the registry; `none` trains without registering"
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Distance(Section):
+    """The Frechet and kernel distances: which layer of which frozen features, on how many crops."""
+
+    features: str = "efficientnet_lite0"
+    weights: str | None = None
+    sha256: str | None = None
+    layer: str | None = Field(None, description="a layer of the feature stack; none = its default")
+    crops: Positive = Field(4, description="fixed crops a photograph")
+
+
+class Evaluation(Section):
+    """One protocol for every model and baseline: fixed masks, fixed seeds."""
+
+    masks: tuple[str, ...] = ("center",)
+    split: Literal["train", "val", "test"] = "test"
+    count: Positive = Field(1000, description="photographs at most")
+    seed: int = 0
+    sigma: float = 2.0
+    metric: str = Field("psnr_rgb_hole", description="the figure that makes a champion")
+    distance: Distance | None = Distance()
+    samples: Positive = Field(6, description="rows of the sample grid")
+
+
+class Recipe(Section):
+    """What one run is made of. `storage` and `tracking` say where; they do not change what comes out."""
+
+    name: str
+    storage: str = "runs"
+    tracking: str | None = Field(
+        None, description="MLflow's address; none: MLFLOW_TRACKING_URI, or a file by the storage"
+    )
+    experiment: str = "inpaint"
+    seed: int = 0
+    data: Data = Data()
+    edges: Edges = Edges()
+    masks: Masks = {"center": 1.0}
+    train: Train = Train()
+    scaling: Scaling = Scaling()
+    models: dict[str, ModelSection]
+    evaluate: Evaluation = Evaluation()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _models(cls, raw: Any) -> Any:
+        """`model: {...}` is one model; in `models:` the key names the model unless `name` does."""
+        if not isinstance(raw, Mapping):
+            return raw
+        raw = dict(raw)
+        single = raw.pop("model", None)
+        if single is not None:
+            if "models" in raw:
+                raise ValueError("give either `model` or `models`, not both")
+            if not isinstance(single, Mapping) or "name" not in single:
+                raise ValueError("`model` needs a name, for example  model: {name: context_encoder}")
+            raw["models"] = {single["name"]: single}
+        models = raw.get("models")
+        if isinstance(models, Mapping):
+            raw["models"] = {
+                key: {"name": key, **(section or {})} if isinstance(section or {}, Mapping) else section
+                for key, section in models.items()
+            }
+        return raw
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if not self.models:
+            raise ValueError("models is empty: name at least one, for example  models: {context_encoder: {}}")
+        if self.data.val + self.data.test >= 1:
+            raise ValueError("data.val + data.test leave nothing to train on: keep their sum under 1")
+        if self.data.streams % self.scaling.workers:
+            raise ValueError(
+                f"data.streams = {self.data.streams} cannot be dealt to scaling.workers = {self.scaling.workers}: "
+                "make it a multiple"
+            )
+        for key in self.models:
+            train = self.train_of(key)
+            batch = train.batch
+            if train.checkpoint_every % train.log_every:
+                raise ValueError(
+                    f"train.checkpoint_every = {train.checkpoint_every} is no multiple of train.log_every = "
+                    f"{train.log_every}: a resumed curve would have other means"
+                )
+            if batch % self.data.streams:
+                raise ValueError(
+                    f"train.batch = {batch} of model {key} is no multiple of data.streams = {self.data.streams}"
+                )
+        return self
+
+    def train_of(self, key: str) -> Train:
+        """The `train` section of one model: the recipe's, with the fields its own section gives."""
+        own = self.models[key].train
+        return self.train if own is None else self.train.model_copy(update=own.model_dump(exclude_unset=True))
+
+    def masks_of(self, key: str) -> Masks:
+        own = self.models[key].masks
+        return self.masks if own is None else own
+
+    def edges_of(self, key: str) -> Edges:
+        return self.models[key].edges or self.edges
+
+    def seed_of(self, key: str) -> int:
+        own = self.models[key].seed
+        return self.seed if own is None else own
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
+
+    @property
+    def digest(self) -> str:
+        """Identifies what is computed: where it is kept, tracked and scaled has no part in it."""
+        body = self.model_dump(mode="json", exclude={"storage", "tracking", "experiment", "scaling"})
+        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

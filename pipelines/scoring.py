@@ -1,0 +1,89 @@
+"""Scores of registered models or checkpoint folders on any folder of photographs: `inpaint evaluate` and `compare`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from data_prep.sources import PhotoError, decode_photo, open_source
+from pipelines import registry
+from pipelines.completers import LoadedCompleter
+from pipelines.evaluate import Completer, EvaluationSpec, baselines, evaluate
+from pipelines.figures import encode_png, sample_grid
+from pipelines.progress import Show
+from pipelines.report import ReportData, write_report
+from pipelines.scores import Evaluation
+from pipelines.tables import table_markdown, table_text
+
+
+def score_models(
+    uris: Sequence[str],
+    *,
+    images: str,
+    masks: str,
+    tracking_uri: str,
+    size: int | None = None,
+    count: int = 200,
+    seed: int = 0,
+    out: Path | None = None,
+) -> Evaluation:
+    """Print the table of the models and the classical baselines; with `out`, also table.md, report.html, grids.
+
+    Photographs are cut to squares of `size` pixels (None: the largest training size of the models). Unreadable
+    ones are listed and passed over. ValueError in one line: no such model, no photographs.
+    """
+    models = {uri: registry.load_model(uri, tracking_uri=tracking_uri) for uri in uris}
+    size = size or max([model.size or 0 for model in models.values()]) or 256
+    methods: dict[str, Completer] = baselines()
+    methods |= {uri.removeprefix("models:/"): LoadedCompleter(model) for uri, model in models.items()}
+    photos = read_photographs(images, size, count)
+    with Show() as show:
+        report = lambda done, total, note: show("evaluate", "running", done, total, note)  # noqa: E731
+        found = evaluate(methods, photos, EvaluationSpec((masks,), seed), progress=report)
+        show("evaluate", "finished", note=f"{len(photos)} photographs of {size} px")
+    print(table_text(found))
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        found.save(lambda key, data: _write(out / key, data))
+        (out / "table.md").write_text(table_markdown(found), encoding="utf-8")
+        for grid in found.grids():
+            (out / f"{grid.title}.png".replace(" ", "-")).write_bytes(encode_png(sample_grid(grid)))
+        print(f"report: {write_report(out / 'report.html', ReportData('Evaluation', evaluation=found))}")
+    return found
+
+
+def read_photographs(uri: str, size: int, count: int) -> list[tuple[str, np.ndarray]]:
+    """(name, uint8 [size,size,3]): short side resized to `size`, centre square. ValueError when none is readable."""
+    source = open_source(uri, tile=min(size, 256))
+    photos: list[tuple[str, np.ndarray]] = []
+    rejected = []
+    for name in source.names():
+        if len(photos) == count:
+            break
+        try:
+            photos.append((name, square(decode_photo(source.read(name), short_side=size), size)))
+        except PhotoError as error:
+            rejected.append(f"{name}: {error}")
+    for line in rejected:
+        print(f"  passed over {line}")
+    if not photos:
+        raise ValueError(f"{uri} holds no readable photograph ({len(rejected)} files passed over)")
+    return photos
+
+
+def square(photo: np.ndarray, size: int) -> np.ndarray:
+    """The centre square, resized."""
+    height, width = photo.shape[:2]
+    short = min(height, width)
+    top, left = (height - short) // 2, (width - short) // 2
+    cut = photo[top : top + short, left : left + short]
+    method = cv2.INTER_AREA if short > size else cv2.INTER_CUBIC
+    return cut.copy() if short == size else cv2.resize(cut, (size, size), interpolation=method)
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)

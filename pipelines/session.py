@@ -1,0 +1,41 @@
+"""Where Ray runs: the cluster this process belongs to, or a private one on this machine for the time of a command."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+SETTINGS = {
+    # A report becomes a checkpoint when the controller polls: 2 s by default, and a crash inside goes one back.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TQDM_DISABLE": "1",
+    "WDS_SECURE": "1",
+}
+
+
+@contextmanager
+def ray_session(debug: bool = False) -> Iterator[None]:
+    """Joins RAY_ADDRESS when it is set; otherwise starts Ray here, listening on loopback, and ends it.
+
+    Never whatever cluster happens to run on this machine: `ray.init()` alone would join that.
+    """
+    for key, value in SETTINGS.items():
+        os.environ.setdefault(key, value)
+    import ray
+
+    address = os.environ.get("RAY_ADDRESS", "local")
+    level = logging.INFO if debug else logging.ERROR
+    dashboard = False if address == "local" else None
+    ray.init(address=address, include_dashboard=dashboard, log_to_driver=debug, logging_level=level)
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,194 @@
+"""Distributed training of one model with Ray Train: the loop, its checkpoints, and the step of the workflow."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pyarrow.fs
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from data_prep.storage import Storage
+from data_prep.stream import Stream
+from models import build_model
+from pipelines.bookkeeping import Bookkeeper, Meter
+from pipelines.job import TrainJob, train_worker
+from pipelines.learner import Learner, make_schedule
+from pipelines.resources import local_options
+from pipelines.tracking import Point, Publisher
+from pipelines.validate import Validation
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+
+
+def learn(job: TrainJob) -> None:
+    """The training loop. Killed and resumed, it ends with the same bits as uninterrupted."""
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    learner = make_learner(job, rank, world)
+    start, journal = restore(learner)
+    total = learner.schedule.total
+    book = make_bookkeeper(job, learner, journal) if rank == 0 else None
+    meter = Meter()
+
+    for step, batch in enumerate(make_stream(job, rank, world).batches(start, total), start):
+        meter.waited()
+        meter.add(learner.step(step, batch))
+        done = step + 1
+        if done % job.train["log_every"] == 0 or done == total:
+            means = meter.means(learner)
+            if book:
+                book.note(done, means)
+        if done % job.train["checkpoint_every"] == 0 or done == total:
+            save(job, learner, done, book)
+        if book:
+            book.show(done, total)
+        meter.stepped()
+    if book:
+        book.close()
+
+
+def make_stream(job: TrainJob, rank: int, world: int) -> Stream:
+    return Stream(
+        job.storage.sub(job.shards),
+        "train",
+        size=job.data["size"],
+        batch=job.train["batch"],
+        masks=job.masks,
+        seed=job.seed,
+        streams=job.data["streams"],
+        rank=rank,
+        world=world,
+        flip=job.data["flip"],
+        edges={sigma: job.storage.sub(folder) for sigma, folder in job.edges.items()},
+        edge_source=job.edge_source,  # type: ignore[arg-type]
+        sigmas=job.sigmas,
+        threads=job.data["threads"],
+    )
+
+
+def make_bookkeeper(job: TrainJob, learner: Learner, journal: list[Point]) -> Bookkeeper:
+    sigma = statistics.median(job.sigmas)
+    held_out = Validation.load(job.storage.sub(job.shards), job.data["size"], job.masks, sigma)
+    publisher = Publisher(job.tracking, job.run) if job.tracking else None
+    return Bookkeeper(learner, journal, held_out, publisher, job.progress)
+
+
+def make_learner(job: TrainJob, rank: int, world: int) -> Learner:
+    """The same initial weights on every rank: seeded by the recipe alone."""
+    torch.set_num_threads(job.data["torch_threads"])
+    keep_memory()
+    torch.manual_seed(job.seed)
+    model = build_model(job.model, **local_options(job.options))
+    return Learner(
+        model,
+        make_schedule(model, job.train["steps"]),
+        job.seed,
+        rank,
+        world,
+        job.train["lr_scale"],
+        job.train["ema"],
+        torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"),
+    )
+
+
+def keep_memory() -> None:
+    """Tell glibc to keep what is freed: on CPUs a step frees and asks for the same hundreds of megabytes again, and
+    handing them to the system and back costs up to a third of the step in page faults."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+            libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+
+
+def restore(learner: Learner) -> tuple[int, list[Point]]:
+    """The position to go on from and the journal of what was logged before it."""
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        return 0, []
+    state, journal = read_checkpoint(checkpoint)
+    return learner.load(state), journal
+
+
+def save(job: TrainJob, learner: Learner, done: int, book: Bookkeeper | None) -> None:
+    """Rank 0 hands the state to Ray Train; a barrier for the others. Only then are its points sent to MLflow."""
+    name = f"step-{done:08d}"
+    if book is None:
+        ray.train.report({"step": done}, checkpoint_dir_name=name)
+        return
+    book.look(done)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        torch.save(learner.state(done), folder / "state.pt")
+        (folder / "curves.json").write_text(json.dumps(book.journal))
+        ray.train.report({"step": done}, checkpoint=Checkpoint(folder), checkpoint_dir_name=name)
+    book.publish()
+
+
+def fit(
+    job: TrainJob, scaling: Mapping[str, Any], folder: str, name: str
+) -> tuple[dict[str, Any], list[Point]]:
+    """Train to the end under Ray Train; a run of this name in this folder of the storage is resumed.
+
+    Returns the last checkpoint's state and the journal of the curves. Raises ValueError when a worker met an error
+    that would only come again (a loss that is not finite, say), or Ray's own error once more than `max_failures`
+    worker groups were lost.
+    """
+    job.storage.delete(job.fatal)
+    path, filesystem = ray_storage(job.storage.sub(folder))
+    result = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if scaling["gpus_per_worker"] else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=scaling["workers"],
+            use_gpu=scaling["gpus_per_worker"] > 0,
+            resources_per_worker={"CPU": scaling["cpus_per_worker"]}
+            | ({"GPU": scaling["gpus_per_worker"]} if scaling["gpus_per_worker"] else {}),
+        ),
+        run_config=RunConfig(
+            name=name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=scaling["max_failures"]),
+            checkpoint_config=CheckpointConfig(num_to_keep=job.train["keep"]),
+        ),
+    ).fit()
+    if job.storage.exists(job.fatal):
+        raise ValueError(job.storage.read(job.fatal).decode())
+    if result.error or result.checkpoint is None:
+        raise RuntimeError(
+            f"training {name} ended without a checkpoint: {result.error or 'Ray gave no reason'}"
+        )
+    return read_checkpoint(result.checkpoint)
+
+
+def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[Point]]:
+    """The state (never unpickled: weights_only) and the journal of a checkpoint, wherever it lies."""
+    with checkpoint.as_directory() as folder:
+        state = torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
+        journal = json.loads((Path(folder) / "curves.json").read_text())
+    return state, [(int(step), values) for step, values in journal]
+
+
+def ray_storage(storage: Storage) -> tuple[str, pyarrow.fs.FileSystem | None]:
+    """How Ray Train names our storage: a folder's path, or bucket/prefix with a file system for its endpoint."""
+    path = storage.path()
+    if path is not None:
+        return str(path), None
+    bucket = urlsplit(storage.uri)
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    filesystem = pyarrow.fs.S3FileSystem(endpoint_override=endpoint)
+    return f"{bucket.netloc}{bucket.path}".rstrip("/"), filesystem

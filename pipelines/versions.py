@@ -1,0 +1,141 @@
+"""Reaching the MLflow registry and finding a version in it, with errors in one line."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+from mlflow.exceptions import MlflowException
+
+CANDIDATE, CHAMPION = "candidate", "champion"
+NAME = re.compile(r"[A-Za-z0-9_.-]+")
+URI = re.compile(rf"models:/({NAME.pattern})(?:@({NAME.pattern})|/(\d+))")
+FORMS = "write models:/NAME@ALIAS, models:/NAME/VERSION or a checkpoint folder"
+
+
+class RegistryError(ValueError):
+    """What is not in the registry, or why it cannot be reached; one line with the mend."""
+
+
+@contextmanager
+def connected(tracking_uri: str | None = None, patient: bool = False) -> Iterator[MlflowClient]:
+    """A client of the MLflow at `tracking_uri` (None: MLflow's current one); its errors become RegistryError.
+
+    MLflow resolves models:/ through process-wide settings: they are set for the block and put back. A person who
+    looks something up is not kept waiting for minutes by a server that is away; `patient` keeps MLflow's retries.
+    """
+    uri = tracking_uri or mlflow.get_tracking_uri()
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise RegistryError(
+            f"there is no MLflow registry at {uri}: set MLFLOW_TRACKING_URI to the one that holds the model"
+        )
+    for logger in ("mlflow", "alembic"):
+        logging.getLogger(logger).setLevel(logging.ERROR)
+    settings = {"MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI")}
+    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+    if before == settings["MLFLOW_TRACKING_URI"]:
+        before = None  # it comes from the environment, and shall follow it
+    if not patient:
+        for key, value in {"MAX_RETRIES": "2", "BACKOFF_FACTOR": "1", "TIMEOUT": "30"}.items():
+            settings[f"MLFLOW_HTTP_REQUEST_{key}"] = os.environ.get(f"MLFLOW_HTTP_REQUEST_{key}")
+            os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{key}", value)
+    mlflow.set_tracking_uri(uri)
+    registry = mlflow.get_registry_uri()  # the same, unless somebody has set it apart
+    apart = tracking_uri is not None and registry != uri
+    try:
+        if apart:
+            mlflow.set_registry_uri(uri)
+        yield MlflowClient(uri, registry_uri=uri if apart else registry)
+    except MlflowException as error:
+        raise RegistryError(_said(error, uri)) from error
+    finally:
+        if apart:
+            mlflow.set_registry_uri(registry)
+        mlflow.set_tracking_uri(before)  # type: ignore[arg-type]  # None: unset
+        for key, old in settings.items():
+            if old is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = old
+
+
+def find_model(client: MlflowClient, name: str) -> RegisteredModel:
+    """The registered model; RegistryError naming those there are."""
+    try:
+        return client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+    known = sorted(model.name for model in pages(client.search_registered_models))
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = (
+        f"did you mean {near[0]!r}?"
+        if near
+        else f"it has {', '.join(known) or 'none yet: inpaint run makes one'}"
+    )
+    raise RegistryError(f"the registry has no model {name!r}: {hint}") from None
+
+
+def find_version(client: MlflowClient, uri: str) -> ModelVersion:
+    """The version that models:/NAME@ALIAS or models:/NAME/VERSION names; RegistryError naming those there are."""
+    match = URI.fullmatch(uri)
+    if not match:
+        raise RegistryError(f"{uri!r} names no model version: {FORMS}")
+    name, alias, number = match.groups()
+    model = find_model(client, name)
+    if alias:
+        if alias not in model.aliases:
+            known = (
+                ", ".join(f"{key} (version {value})" for key, value in sorted(model.aliases.items()))
+                or "none"
+            )
+            raise RegistryError(f"{name} has no alias {alias!r}; its aliases: {known}")
+        number = str(model.aliases[alias])
+    try:
+        return client.get_model_version(name, number)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+    numbers = sorted(int(found.version) for found in versions_of(client, name))
+    shown = ", ".join(map(str, numbers)) if len(numbers) <= 10 else f"{numbers[0]} to {numbers[-1]}"
+    raise RegistryError(f"{name} has no version {number}; its versions: {shown or 'none'}") from None
+
+
+def versions_of(client: MlflowClient, name: str, also: str = "") -> list[ModelVersion]:
+    """Every version of a model, first ones first; `also` narrows MLflow's filter ("and tags.step_key = '...'")."""
+    found = pages(client.search_model_versions, filter_string=f"name = '{name}' {also}".strip())
+    return sorted(found, key=lambda version: int(version.version))
+
+
+def pages(search: Callable[..., Any], **arguments: Any) -> list[Any]:
+    """All pages of one of the client's searches."""
+    found = search(**arguments)
+    rows = list(found)
+    while found.token:
+        found = search(**arguments, page_token=found.token)
+        rows += found
+    return rows
+
+
+def _said(error: MlflowException, uri: str) -> str:
+    text = " ".join(str(error).split())
+    scheme, separator, rest = uri.partition("://")
+    shown = f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else uri  # without a password
+    if "HTTPConnectionPool" in text or "Max retries" in text or "Connection refused" in text:
+        return (
+            f"the MLflow server at {shown} does not answer: start it, or set MLFLOW_TRACKING_URI to another"
+        )
+    if "401" in text or "UNAUTHENTICATED" in text:
+        return (
+            f"the MLflow server at {shown} refuses: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    return f"MLflow at {shown}: {text[:400]}"

@@ -1,0 +1,44 @@
+"""Checkpoint folders: `model.safetensors` and `model.json`, all that a trained model is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from models import build_model
+from models.base import Model
+
+WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
+
+
+def save_weights(
+    folder: Path, model: Model, ema: Mapping[str, Tensor], about: Mapping[str, Any]
+) -> list[str]:
+    """Write the checkpoint folder; `ema` (network.key -> tensor) replaces the weights that it averages.
+
+    `about` needs `name` and `options`, from which the model is built again. Returns the files' names.
+    """
+    state = model.state_dict() | {f"networks.{key}": value for key, value in ema.items()}
+    save_file(
+        {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}, folder / WEIGHTS
+    )
+    (folder / DESCRIPTION).write_text(
+        json.dumps(dict(about), indent=1, sort_keys=True) + "\n", encoding="utf-8"
+    )
+    return [WEIGHTS, DESCRIPTION]
+
+
+def load_weights(folder: Path) -> tuple[Model, dict[str, Any]]:
+    """The model of a checkpoint folder, in evaluation mode, and what `model.json` says about it.
+
+    Raises what reading, building and strict loading raise; never unpickles.
+    """
+    about = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    model = build_model(about["name"], **about.get("options", {}))
+    model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+    return model.eval(), about

@@ -1,0 +1,152 @@
+"""The chain itself:
+
+    photographs --shard--> tars --edges(sigma)--> edge tars
+        --train(model) x N--> weights --evaluate--> scores --register--> versions
+
+Each arrow is a durable step; what a step does is in steps.py and model_steps.py, how it survives is in durable.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+from data_prep.sources import Source, StorageSource, open_source
+from data_prep.storage import open_storage
+from models import takes_edges
+from pipelines.durable import Step, StepContext, Workflow
+from pipelines.recipe import Recipe
+from pipelines.tracking import Tracking, shown
+
+UNTIL = ("shard", "edges", "train", "evaluate", "register")
+
+
+def build_workflow(recipe: Recipe, tracking: Tracking | None = None, until: str = "register") -> Workflow:
+    """The steps of a recipe, none of which has run yet; `until` ends the chain early.
+
+    Raises ValueError in one line when the source holds no photographs.
+    """
+    local = {
+        "tracking": None if tracking is None else vars(tracking),
+        "scaling": recipe.scaling.model_dump(),
+        "recipe": recipe.to_yaml(),
+    }
+    steps = [shard_step(recipe)]
+    sigmas = {key: edge_sigmas(recipe, key) for key in recipe.models}
+    for sigma in sorted(set(sum(sigmas.values(), ()))):
+        steps.append(Step(edges_name(sigma), Later("steps", "edges"), {"sigma": sigma}, needs=("shard",)))
+    for key in recipe.models:
+        steps.append(train_step(recipe, key, sigmas[key]))
+    trained = tuple(f"train-{key}" for key in recipe.models)
+    steps.append(
+        Step(
+            "evaluate",
+            Later("model_steps", "evaluate"),
+            recipe.evaluate.model_dump(mode="json"),
+            needs=("shard", *trained),
+        )
+    )
+    for key, section in recipe.models.items():
+        if section.register_as != "none":
+            config = {
+                "register_as": section.register_as or section.name,
+                "recipe": recipe.name,
+                "metric": recipe.evaluate.metric,
+                "evaluate": recipe.evaluate.model_dump(mode="json"),
+                "registry": shown(tracking.uri) if tracking else "",
+            }
+            needs = ("shard", f"train-{key}", "evaluate")
+            steps.append(
+                Step(
+                    f"register-{key}",
+                    Later("model_steps", "register"),
+                    config,
+                    needs,
+                    outside="pipelines.tracking:still_registered",
+                )
+            )
+    wanted = UNTIL[: UNTIL.index(until) + 1]
+    kept = [step for step in steps if step.name.startswith(wanted)]
+    return Workflow(
+        recipe.name,
+        [replace(step, local={**local, **step.local}) for step in kept],
+        open_storage(recipe.storage),
+    )
+
+
+def with_parent(workflow: Workflow, parent: str) -> Workflow:
+    """The same steps, whose MLflow runs are children of the run `parent`."""
+    steps = [replace(step, local={**step.local, "parent": parent}) for step in workflow.steps]
+    return replace(workflow, steps=steps)
+
+
+def shard_step(recipe: Recipe) -> Step:
+    data = recipe.data
+    source = open_source(data.source, tile=data.size)
+    keys = ("size", "margin", "crop", "format", "quality", "val", "test", "shard_photos", "max_rejects")
+    config = {
+        "source": source.uri,
+        "listing": listing_digest(source),
+        **{key: getattr(data, key) for key in keys},
+    }
+    return Step("shard", Later("steps", "shard"), config)
+
+
+def train_step(recipe: Recipe, key: str, sigmas: tuple[float, ...]) -> Step:
+    section, train, edges = recipe.models[key], recipe.train_of(key), recipe.edges_of(key)
+    config = {
+        "model": section.name,
+        "options": section.options,
+        "seed": recipe.seed_of(key),
+        "size": recipe.data.size,
+        "flip": recipe.data.flip,
+        "streams": recipe.data.streams,
+        "masks": recipe.masks_of(key),
+        "edge_source": edges.source if uses_edges(recipe, key) else "none",
+        "sigma": list(edges.sigma),
+        "train": train.model_dump(mode="json", exclude={"keep"}),
+    }
+    needs = ("shard", *(edges_name(sigma) for sigma in sigmas))
+    return Step(
+        f"train-{key}",
+        Later("model_steps", "train"),
+        config,
+        needs,
+        local={"keep": train.keep, "threads": recipe.data.threads},
+    )
+
+
+def uses_edges(recipe: Recipe, key: str) -> bool:
+    return takes_edges(recipe.models[key].name) and recipe.edges_of(key).source != "none"
+
+
+def edge_sigmas(recipe: Recipe, key: str) -> tuple[float, ...]:
+    """The sigmas whose edge tars a training reads; masked edges depend on the mask and are made on the fly."""
+    stored = uses_edges(recipe, key) and recipe.edges_of(key).source == "full"
+    return recipe.edges_of(key).sigma if stored else ()
+
+
+def edges_name(sigma: float) -> str:
+    return f"edges-sigma-{sigma:g}"
+
+
+def listing_digest(source: Source) -> str:
+    """Identifies the photographs by name and size, so that a changed folder is sharded anew."""
+    listing: Any = list(source.storage.list()) if isinstance(source, StorageSource) else source.names()
+    if not listing:
+        source.names()  # says in its own words that there is nothing
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Later:
+    """A step's function, imported when it runs: to find everything finished, neither Ray nor torch is loaded."""
+
+    module: str
+    name: str
+
+    def __call__(self, context: StepContext) -> dict[str, Any]:
+        return getattr(importlib.import_module(f"pipelines.{self.module}"), self.name)(context)
