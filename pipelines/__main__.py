@@ -36,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 def one_line(error: BaseException) -> str:
     """What the user needs to know; the type's name only where the text alone says too little."""
+    # an error of a Ray task has the stack in its text, and what happened as its cause
+    while isinstance(getattr(error, "cause", None), BaseException):
+        error = error.cause  # type: ignore[attr-defined]
     text = " ".join(str(error).split())
     if isinstance(error, ValueError | RuntimeError | OSError) and text:
         return text

@@ -32,6 +32,9 @@ FINAL: tuple[type[Exception], ...] = (
 )
 
 
+FULL = ("the disk is full", "disk quota is used up", "No space left on device", "database or disk is full")
+
+
 class Progress:
     """Tells the driver where a step is, at most five times a second however often it is called; can be pickled.
 
@@ -103,7 +106,7 @@ def failure(error: BaseException) -> Value:
     return {
         "error": text,
         "traceback": "".join(traceback.format_exception(error)),
-        "again": not isinstance(cause, FINAL),
+        "again": not isinstance(cause, FINAL) and not any(words in str(cause) for words in FULL),
     }
 
 

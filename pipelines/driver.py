@@ -7,7 +7,7 @@ import os
 import re
 import socket
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray.exceptions import RayError
 
-from data_prep.storage import TEMPORARY
+from data_prep.storage import TEMPORARY, StorageError
 from pipelines import lease
 from pipelines.attempt import PERIOD, Board, Progress, failure, perform
 from pipelines.durable import Show, Step, StepContext, StepFailed, Value, canonical, step_key
@@ -216,9 +216,11 @@ class Driver:
     def close_record(self, attempt: _Attempt, outcome: Value) -> None:
         told = {name: outcome.get(name, "") for name in ("host", "error", "traceback")}
         seconds = round(time.monotonic() - attempt.clock, 3)
-        self.storage.write(
-            _record_key(attempt.context), _pretty({**attempt.record, **told, "seconds": seconds})
-        )
+        # a full disk must not hide the error
+        with suppress(StorageError) if told["error"] else nullcontext():
+            self.storage.write(
+                _record_key(attempt.context), _pretty({**attempt.record, **told, "seconds": seconds})
+            )
 
     def delete_attempts(self, key: str, last: int, but: int = 0) -> None:
         """The work of attempts up to `last`, which nothing names, and files that a killed process did not publish."""

@@ -45,6 +45,7 @@ class Tracking:
 
         logging.getLogger("mlflow").setLevel(logging.WARNING)
         logging.getLogger("alembic").setLevel(logging.WARNING)
+        logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # prints what it raises anyway
         return MlflowClient(self.uri, registry_uri=self.uri)
 
     def prepare(self) -> str:
@@ -54,6 +55,7 @@ class Tracking:
         database at once die in its migration. Raises TrackingError in one line.
         """
         from mlflow.exceptions import MlflowException
+        from sqlalchemy.exc import SQLAlchemyError
 
         try:
             if self.uri.startswith("sqlite:///"):
@@ -66,7 +68,12 @@ class Tracking:
             if found is not None:
                 return found.experiment_id
             return client.create_experiment(self.experiment, artifact_location=self.artifacts)
-        except (MlflowException, sqlite3.Error, OSError) as error:
+        except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
+            if "disk is full" in str(error):
+                raise TrackingError(
+                    f"MLflow's database {shown(self.uri)} cannot be written: the disk is full; free some space, or "
+                    "choose another storage"
+                ) from None
             raise TrackingError(
                 f"MLflow at {shown(self.uri)} does not answer ({_line(error).replace(self.uri, shown(self.uri))[:300]}); "
                 "start it, or set MLFLOW_TRACKING_URI"
@@ -97,7 +104,8 @@ def open_run(
     tracking: Tracking, key: str, name: str, parent: str | None = None, tags: Mapping[str, str] | None = None
 ) -> str:
     """The id of the run tagged with `key`: found again after a crash, created otherwise, and set running."""
-    client, experiment = tracking.client(), tracking.prepare()
+    experiment = tracking.prepare()  # first: it says in its own words what is wrong
+    client = tracking.client()
     wanted = f"tags.`{KEY}` = '{key}'" + (f" and tags.`mlflow.parentRunId` = '{parent}'" if parent else "")
     found = client.search_runs([experiment], wanted, max_results=1)
     if found:
@@ -115,8 +123,9 @@ def running(tracking: Tracking, run: str) -> Iterator[MlflowClient]:
     try:
         yield client
     except BaseException as error:
-        client.set_tag(run, "inpaint.error", _line(error)[:500])
-        client.set_terminated(run, "FAILED")
+        with suppress(Exception):  # a server that is away, or a full disk, must not hide what happened
+            client.set_tag(run, "inpaint.error", _line(error)[:500])
+            client.set_terminated(run, "FAILED")
         raise
     client.set_terminated(run, "FINISHED")
 
