@@ -8,15 +8,28 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from models.base import Model
 
-# A line a model: where its class is, imported (with torch) when it is wanted, and whether it takes edges.
-_MODELS = {
-    "context_encoder": ("models.context_encoder:ContextEncoder", False),
-    "edge_connect": ("models.edge_connect:EdgeConnect", True),
+Options = Mapping[str, Any]
+
+
+def _never(options: Options) -> bool:
+    return False
+
+
+# A line a model: where its class is, imported (with torch) when it is wanted, and whether its options take edges.
+_MODELS: dict[str, tuple[str, Callable[[Options], bool]]] = {
+    "context_encoder": ("models.context_encoder:ContextEncoder", _never),
+    "context_encoder_region": ("models.context_encoder_region:ContextEncoderRegion", _never),
+    "glcic": ("models.glcic:GLCIC", _never),
+    "partial_conv": ("models.partial_conv:PartialConv", _never),
+    "deepfill_v1": ("models.deepfill_v1:DeepFillV1", _never),
+    "deepfill_v2": ("models.deepfill_v2:DeepFillV2", lambda options: bool(options.get("guided"))),
+    "edge_connect": ("models.edge_connect:EdgeConnect", lambda options: options.get("edges") != "none"),
 }
 
 
@@ -25,9 +38,9 @@ def list_models() -> list[str]:
     return sorted(_MODELS)
 
 
-def takes_edges(name: str) -> bool:
-    """Whether a model trains on edges; known without loading torch. ValueError as `model_type`."""
-    return _entry(name)[1]
+def takes_edges(name: str, options: Options) -> bool:
+    """Whether a model with these options trains on edges; known without loading torch. ValueError as `model_type`."""
+    return _entry(name)[1](options)
 
 
 def model_type(name: str) -> type[Model]:
@@ -54,7 +67,7 @@ def build_model(name: str, **options: Any) -> Model:
     return model_type(name)(kind(**options))
 
 
-def _entry(name: str) -> tuple[str, bool]:
+def _entry(name: str) -> tuple[str, Callable[[Options], bool]]:
     if name not in _MODELS:
         raise ValueError(f"unknown model {name!r}{_nearest(name, list_models())}")
     return _MODELS[name]

@@ -1,7 +1,8 @@
 """The one interface every model keeps: its networks, its training phases, its losses by name, and completion.
 
 A batch is a mapping: `image` float32 [B,3,H,W] in [0,1], `mask` float32 [B,1,H,W] with 1 = hole, `edge` float32
-[B,1,H,W] in {0,1} or None, and optionally `mask_mean`, the mean of the mask over the batches of all ranks.
+[B,1,H,W] in {0,1} or None, and optionally what makes several ranks learn what one would: `mask_mean`, the mean of
+the mask over the batches of all ranks, and `uniform` [B,UNIFORM] in [0,1), random numbers of each photograph.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from models.layers import fold_spectral_
 
 Batch = Mapping[str, Any]
 Losses = dict[str, Tensor]
+UNIFORM = 4  # random numbers that a step has for each photograph
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,14 @@ class Phase:
     discriminators: tuple[str, ...]
     lr: dict[str, float]
     """Learning rate of each trained network."""
-    betas: tuple[float, float]
+    betas: tuple[float, float] = (0.9, 0.999)
     """Adam's."""
     uses_edges: bool = False
     """Whether `edge` must be in the batch."""
+    optimiser: Literal["adam", "adadelta"] = "adam"
+    critic_steps: int = 1
+    """Steps of the discriminators to one of the generators, each on a batch of its own: the generators learn at
+    every `critic_steps`-th step of the phase."""
 
 
 class Completion(nn.Module, abc.ABC):
@@ -66,7 +72,13 @@ class Model(nn.Module, abc.ABC):
     """The frozen dataclass of its options."""
     multiple: ClassVar[int] = 1
     """Training sizes are multiples of this; `complete` takes any size."""
-    needs_edges: ClassVar[bool] = False
+
+    needs_edges: bool = False
+    """Whether `complete` needs the edges outside the hole (or all of them, with `true_edges`)."""
+    takes_edges: bool = False
+    """Whether training reads edges, and `complete` follows those that a person draws inside the hole."""
+    true_edges: bool = False
+    """Whether what it paints over are the true edges of the whole photograph: a study, not a completion."""
 
     options: Any
     networks: nn.ModuleDict
@@ -103,12 +115,18 @@ class Model(nn.Module, abc.ABC):
         Raises FileNotFoundError, saying how to get them, when a feature stack's weights are missing.
         """
 
+    def frozen(self, phase: Phase) -> list[nn.Module]:
+        """The modules inside the phase's own networks that it leaves as they are."""
+        return []
+
     def set_phase(self, phase: Phase) -> None:
-        """Make the phase's networks trainable, and every other frozen and in evaluation mode."""
+        """Make the phase's networks trainable; all else is frozen and in evaluation mode."""
         self.prepare(phase)
         for name, network in self.networks.items():
             trained = name in phase.generators or name in phase.discriminators
             network.requires_grad_(trained).train(trained)
+        for module in self.frozen(phase):
+            module.requires_grad_(False).eval()
 
     def phase(self, name: str) -> Phase:
         """The phase of that name; ValueError naming those there are."""
@@ -165,6 +183,15 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for m, training in modes:
             m.training = training
+
+
+def uniform(batch: Batch, column: int) -> Tensor:
+    """Random numbers in [0,1), one a photograph [B]: the global batch's own when the caller gives them, so that they
+    do not depend on how many ranks share it; freshly drawn otherwise."""
+    given: Tensor | None = batch.get("uniform")
+    if given is not None:
+        return given[:, column]
+    return torch.rand(len(batch["image"]), device=batch["image"].device)
 
 
 def hole_mean(batch: Batch) -> Tensor:

@@ -188,7 +188,8 @@ class EdgeConnect(Model):
     name: ClassVar[str] = "edge_connect"
     Options: ClassVar[type] = EdgeConnectOptions
     multiple: ClassVar[int] = 4
-    needs_edges: ClassVar[bool] = True
+    needs_edges = True
+    takes_edges = True
     options: EdgeConnectOptions
 
     def __init__(self, options: EdgeConnectOptions) -> None:

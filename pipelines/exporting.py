@@ -96,6 +96,7 @@ def describe(model: Model, metadata: Mapping[str, Any]) -> dict[str, Any]:
         "model": model.name,
         "options": dataclasses.asdict(model.options),
         "needs_edges": bool(model.needs_edges),
+        "takes_edges": bool(model.takes_edges),
     }
     described: dict[str, Any] = json.loads(json.dumps({**metadata, **own}, default=str))
     return described

@@ -178,7 +178,7 @@ def _read_hole(
 
 def _read_lines(path: Path, photo: Photograph, model: LoadedModel, notes: list[str]) -> np.ndarray:
     """bool [H,W] of a line drawing, dark on light or light on dark: lines are what there is less of."""
-    if not model.needs_edges:
+    if not model.takes_edges:
         raise ValueError(f"--edges {path}: {model.name} takes no edges")
     try:
         drawing = read_mask(read_bytes(path, "drawing"), invert=False)

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.base import Model, Phase
+from models.base import UNIFORM, Model, Phase
 
 
 class NonFiniteLoss(ValueError):
@@ -32,8 +32,9 @@ class Schedule:
     def total(self) -> int:
         return self.parts[-1][2]
 
-    def at(self, step: int) -> Phase:
-        return next(phase for phase, _, end in self.parts if step < end)
+    def at(self, step: int) -> tuple[Phase, int]:
+        """The phase of a step, and its number in it (0, 1, ...)."""
+        return next((phase, step - start) for phase, start, end in self.parts if step < end)
 
 
 def make_schedule(model: Model, steps: Mapping[str, int]) -> Schedule:
@@ -72,7 +73,7 @@ class Learner:
     def __post_init__(self) -> None:
         self.model.to(self.device)
         self.phase: Phase | None = None
-        self.optimisers: dict[str, torch.optim.Adam] = {}
+        self.optimisers: dict[str, torch.optim.Optimizer] = {}
         self.gradients: dict[str, Tensor] = {}
         self.ema: dict[str, Tensor] = {}
         if self.world > 1:
@@ -86,18 +87,22 @@ class Learner:
 
         Raises NonFiniteLoss, on every rank alike, before a parameter changes.
         """
-        phase = self.enter(self.schedule.at(step))
+        phase, within = self.schedule.at(step)
+        self.enter(phase)
+        generators_learn = bool(phase.generators) and (within + 1) % phase.critic_steps == 0
         torch.manual_seed(int(np.random.SeedSequence([self.seed, step, self.rank]).generate_state(1)[0]))
-        batch = self._to_device(batch)
-        out = self.model.generate(batch, phase)
+        batch = self._to_device(step, batch)
+        with torch.set_grad_enabled(generators_learn):
+            out = self.model.generate(batch, phase)
         terms: dict[str, Tensor] = {}
         if phase.discriminators:
             losses = self.model.discriminator_losses(batch, out, phase)
             self._descend(step, losses, phase.discriminators)
             terms |= losses
-        with _frozen(self.model.networks[name] for name in phase.discriminators):
-            losses = self.model.generator_losses(batch, out, phase)
-            self._descend(step, losses, phase.generators)
+        if generators_learn:
+            with _frozen(self.model.networks[name] for name in phase.discriminators):
+                losses = self.model.generator_losses(batch, out, phase)
+                self._descend(step, losses, phase.generators)
             terms |= losses
         if self.ema_decay:
             for key, value in self._averaged():
@@ -116,16 +121,15 @@ class Learner:
                 parameter.grad = None
             names = (*phase.discriminators, *phase.generators)
             self.gradients = {name: _flat_gradient(self.model.networks[name]) for name in names}
-            self.optimisers = {
-                name: torch.optim.Adam(
-                    [p for p in self.model.networks[name].parameters() if p.requires_grad],
-                    lr=phase.lr[name] * self.lr_scale,
-                    betas=phase.betas,
-                    fused=True,
-                )
-                for name in names
-            }
+            self.optimisers = {name: self._optimiser(phase, name) for name in names}
         return phase
+
+    def _optimiser(self, phase: Phase, name: str) -> torch.optim.Optimizer:
+        parameters = [p for p in self.model.networks[name].parameters() if p.requires_grad]
+        lr = phase.lr[name] * self.lr_scale
+        if phase.optimiser == "adadelta":
+            return torch.optim.Adadelta(parameters, lr=lr)
+        return torch.optim.Adam(parameters, lr=lr, betas=phase.betas, fused=True)
 
     def _descend(self, step: int, losses: Mapping[str, Tensor], names: Iterable[str]) -> None:
         """One optimiser step on the weighted sum, with gradients averaged over the ranks.
@@ -163,7 +167,7 @@ class Learner:
             "Lower train.lr_scale or the term's weight"
         )
 
-    def _to_device(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+    def _to_device(self, step: int, batch: Mapping[str, Any]) -> dict[str, Any]:
         moved: dict[str, Any] = {
             key: torch.from_numpy(value).to(self.device, non_blocking=True)
             for key, value in batch.items()
@@ -171,6 +175,10 @@ class Learner:
         }
         moved.setdefault("edge", None)
         moved["mask_mean"] = self.mean(moved["mask"].mean())
+        mine = len(moved["image"])  # of the global batch, which the ranks' parts make up end to end
+        numbers = np.random.default_rng([self.seed, step]).random((self.world * mine, UNIFORM))
+        part = torch.from_numpy(numbers[self.rank * mine : (self.rank + 1) * mine])
+        moved["uniform"] = part.to(moved["image"])
         return moved
 
     def mean(self, value: Tensor) -> Tensor:
@@ -231,7 +239,8 @@ class Learner:
 def _flat_gradient(network: nn.Module) -> Tensor:
     """One tensor for all gradients of a network; each parameter's `grad` is a view of its part."""
     parameters = [p for p in network.parameters() if p.requires_grad]
-    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    like = parameters[0]
+    flat = torch.zeros(sum(p.numel() for p in parameters), device=like.device, dtype=like.dtype)
     for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = part.view_as(parameter)
     return flat

@@ -48,6 +48,11 @@ class LoadedModel:
         return bool(self.metadata.get("needs_edges"))
 
     @property
+    def takes_edges(self) -> bool:
+        """Whether a person may draw edges inside the hole."""
+        return bool(self.metadata.get("takes_edges", self.needs_edges))
+
+    @property
     def sigma(self) -> float | None:
         """Canny's sigma of the edges it was trained on."""
         value = self.metadata.get("sigma")
@@ -155,7 +160,7 @@ def _load_checkpoint(folder: Path, device: str) -> LoadedModel:
         raise RegistryError(f"the checkpoint {folder} cannot be loaded: {_line(error)}") from error
     except Exception as error:  # safetensors raises its own kind, derived from Exception alone
         raise RegistryError(f"{folder / WEIGHTS} is damaged: {_line(error)}") from error
-    metadata |= {"model": model.name, "needs_edges": model.needs_edges}
+    metadata |= {"model": model.name, "needs_edges": model.needs_edges, "takes_edges": model.takes_edges}
     module = model.completion().to(device).eval()
     return LoadedModel(module, model.name, None, metadata, model.check_hole, device)
 

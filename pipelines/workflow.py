@@ -120,7 +120,8 @@ def train_step(recipe: Recipe, key: str, sigmas: tuple[float, ...]) -> Step:
 
 
 def uses_edges(recipe: Recipe, key: str) -> bool:
-    return takes_edges(recipe.models[key].name) and recipe.edges_of(key).source != "none"
+    section = recipe.models[key]
+    return takes_edges(section.name, section.options) and recipe.edges_of(key).source != "none"
 
 
 def edge_sigmas(recipe: Recipe, key: str) -> tuple[float, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models import build_model, model_options
-from models.base import Model, Phase
+from models.base import UNIFORM, Model, Phase
 
 SMALL = {
     "size": 32,
@@ -55,7 +55,13 @@ def batch(photos: Tensor) -> dict[str, Any]:
     mask[:, :, 8:24, 8:24] = 1
     grey = photos.permute(0, 2, 3, 1).numpy() @ np.array([0.2125, 0.7154, 0.0721], np.float32)
     edges = np.stack([skimage.feature.canny(g, sigma=1.0) for g in grey])
-    return {"image": photos, "mask": mask, "edge": torch.from_numpy(edges)[:, None].float()}
+    numbers = torch.rand(8, UNIFORM, generator=torch.Generator().manual_seed(0))
+    return {
+        "image": photos,
+        "mask": mask,
+        "edge": torch.from_numpy(edges)[:, None].float(),
+        "uniform": numbers,
+    }
 
 
 @pytest.fixture(scope="session")
@@ -70,17 +76,24 @@ def small() -> Callable[..., Model]:
 
 
 class Trainer:
-    """Adam for the networks of one phase, and the step."""
+    """The optimisers of one phase, and the step."""
 
     def __init__(self, model: Model, phase: Phase, lr: float | None = None) -> None:
         model.set_phase(phase)
-        self.model, self.phase = model, phase
+        self.model, self.phase, self.steps = model, phase, 0
 
-        def adam(names: tuple[str, ...]) -> Any:
-            groups = [{"params": [*model.networks[n].parameters()], "lr": lr or phase.lr[n]} for n in names]
-            return torch.optim.Adam(groups, betas=phase.betas) if groups else None
+        def optimiser(names: tuple[str, ...]) -> Any:
+            def trained(name: str) -> list[Tensor]:
+                return [p for p in model.networks[name].parameters() if p.requires_grad]
 
-        self.generators, self.discriminators = adam(phase.generators), adam(phase.discriminators)
+            groups = [{"params": trained(n), "lr": lr or phase.lr[n]} for n in names]
+            if not groups:
+                return None
+            if phase.optimiser == "adadelta" and lr is None:
+                return torch.optim.Adadelta(groups)
+            return torch.optim.Adam(groups, betas=phase.betas)
+
+        self.generators, self.discriminators = optimiser(phase.generators), optimiser(phase.discriminators)
 
     def discriminator_step(self, batch: dict[str, Any], out: dict[str, Tensor]) -> dict[str, Tensor]:
         losses = self.model.discriminator_losses(batch, out, self.phase)
@@ -97,9 +110,12 @@ class Trainer:
         return losses
 
     def step(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        out = self.model.generate(batch, self.phase)
+        self.steps += 1
+        learn = bool(self.phase.generators) and self.steps % self.phase.critic_steps == 0
+        with torch.set_grad_enabled(learn):
+            out = self.model.generate(batch, self.phase)
         losses = self.discriminator_step(batch, out) if self.phase.discriminators else {}
-        return {**losses, **self.generator_step(batch, out)}
+        return {**losses, **(self.generator_step(batch, out) if learn else {})}
 
     def _descend(self, optimiser: Any, losses: dict[str, Tensor]) -> None:
         weights = self.model.weights(self.phase)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
@@ -15,6 +16,12 @@ from models import build_model, list_models, model_options, model_type, takes_ed
 pytestmark = pytest.mark.parametrize("name", list_models())
 
 SIZES = [(1, 33, 47), (2, 61, 91), (3, 64, 64), (1, 250, 190), (1, 20, 24)]
+
+# learning rate (None: the paper's) and steps of each phase in which eight photographs are learned by heart
+LEARNS: dict[str, tuple[float | None, dict[str, int]]] = {
+    "context_encoder": (2e-3, {"train": 100}),
+    "edge_connect": (2e-3, {"edge": 20, "inpaint": 100}),
+}
 
 
 def request(b: int, h: int, w: int, edges: bool = False) -> Tensor:
@@ -106,15 +113,18 @@ def test_gradients_reach_every_trained_parameter_and_no_frozen_one(name, small, 
     model = small(name)
     for phase in model.phases:
         trainer = training.Trainer(model, phase)
+        frozen = {parameter for module in model.frozen(phase) for parameter in module.parameters()}
         model.zero_grad()
-        trainer.step(batch)
+        for _ in range(phase.critic_steps):
+            trainer.step(batch)
         for network_name, network in model.networks.items():
             trained = network_name in (*phase.generators, *phase.discriminators)
             for key, parameter in network.named_parameters():
                 place = f"{phase.name}: {network_name}.{key}"
-                assert (parameter.grad is not None) == trained, place
-                assert parameter.requires_grad == trained, place
-                if trained and parameter.ndim > 1:  # a bias in front of a normalisation has none
+                learns = trained and parameter not in frozen
+                assert (parameter.grad is not None) == learns, place
+                assert parameter.requires_grad == learns, place
+                if learns and parameter.ndim > 1:  # a bias in front of a normalisation has none
                     assert parameter.grad.abs().sum() > 0, place
         model.set_phase(phase)
 
@@ -128,6 +138,8 @@ def test_each_step_moves_its_own_networks_only(name, small, batch, training) -> 
             (trainer.generator_step, phase.generators),
         ]
         for step, own in steps:
+            if not own:
+                continue
             out = model.generate(batch, phase)
             before = {n: bits(network) for n, network in model.networks.items()}
             step(batch, out)
@@ -144,6 +156,8 @@ def test_a_discriminator_learns_from_its_own_loss_alone(name, small, batch, trai
         twin = copy.deepcopy(model)  # before the step
         trainer.step(batch)
         losses = twin.discriminator_losses(batch, twin.generate(batch, phase), phase)
+        if not losses:
+            continue
         own = torch.stack([twin.weights(phase)[n] * value for n, value in losses.items()]).sum()
         for n in phase.discriminators:
             expected = torch.autograd.grad(own, [*twin.networks[n].parameters()], retain_graph=True)
@@ -156,7 +170,8 @@ def test_every_term_has_a_weight_and_every_weight_a_term(name, small, batch) -> 
     for phase in model.phases:
         model.set_phase(phase)
         out = model.generate(batch, phase)
-        terms = [*model.discriminator_losses(batch, out, phase), *model.generator_losses(batch, out, phase)]
+        terms = [*model.discriminator_losses(batch, out, phase)]
+        terms += [*model.generator_losses(batch, out, phase)] if phase.generators else []
         assert sorted(terms) == sorted(model.weights(phase))
         assert phase.lr.keys() == {*phase.generators, *phase.discriminators}
 
@@ -198,21 +213,22 @@ def test_unknown_options_and_phases_name_the_nearest(name, small) -> None:
 
 def test_learns_eight_photographs_by_heart(name, small, photos, batch, training) -> None:
     """The l1 error in the hole falls by at least 60 %."""
-    model = small(name, overlap=0)
+    model, (lr, steps) = small(name, overlap=0), LEARNS[name]
 
     def hole_l1() -> float:
         done = model.complete(batch["image"], batch["mask"], batch["edge"] * (1 - batch["mask"]))
         return float(((done - photos).abs() * batch["mask"]).mean())
 
     before = hole_l1()
-    steps = {"edge": 20, "inpaint_canny": 0, "joint": 0}  # a short run does not need every phase
     for phase in model.phases:
-        trainer = training.Trainer(model, phase, lr=2e-3)
-        for _ in range(steps.get(phase.name, 100)):
+        trainer = training.Trainer(model, phase, lr)
+        for _ in range(steps.get(phase.name, 0)):
             trainer.step(batch)
     assert hole_l1() < 0.4 * before
 
 
-def test_the_registry_says_what_the_class_says(name: str) -> None:
+def test_the_registry_says_what_the_class_says(name: str, small) -> None:
+    model = small(name)
     assert model_type(name).name == name
-    assert takes_edges(name) == model_type(name).needs_edges
+    assert takes_edges(name, dataclasses.asdict(model.options)) == model.takes_edges
+    assert model.takes_edges == any(phase.uses_edges for phase in model.phases)

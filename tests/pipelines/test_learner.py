@@ -132,6 +132,6 @@ def test_the_average_follows_with_its_decay_and_is_lent_not_kept() -> None:
 def test_phases_lie_end_to_end_and_none_may_be_left() -> None:
     model = build_model("edge_connect", **SMALL["edge_connect"])
     schedule = make_schedule(model, {"edge": 2, "inpaint_canny": 0, "inpaint": 3, "joint": 0})
-    assert [schedule.at(step).name for step in range(schedule.total)] == ["edge"] * 2 + ["inpaint"] * 3
+    assert [schedule.at(step)[0].name for step in range(schedule.total)] == ["edge"] * 2 + ["inpaint"] * 3
     with pytest.raises(ValueError, match="leaves no phase"):
         make_schedule(model, dict.fromkeys(STEPS["edge_connect"], 0))
