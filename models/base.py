@@ -40,6 +40,8 @@ class Phase:
     uses_edges: bool = False
     """Whether `edge` must be in the batch."""
     optimiser: Literal["adam", "adadelta"] = "adam"
+    drop_at: float = 1.0
+    """The share of the phase's steps after which its rates are a tenth."""
     critic_steps: int = 1
     """Steps of the discriminators to one of the generators, each on a batch of its own: the generators learn at
     every `critic_steps`-th step of the phase."""

@@ -39,10 +39,15 @@ STYLE = {
     "vgg19": ("relu2_2", "relu3_4", "relu4_4", "relu5_2"),
     "efficientnet_lite0": ("stage1", "stage2", "stage3", "stage5"),
 }
+EDGES = ("generated", "canny", "none")
+G1, D1, G2, D2 = "edge_generator", "edge_discriminator", "inpaint_generator", "inpaint_discriminator"
 
 
 @dataclass(frozen=True)
 class EdgeConnectOptions:
+    edges: str = "generated"
+    """generated: G1 draws the hole's; canny: G2 alone, on true Canny edges (the paper's figure on sigma); none: G2
+    alone, without edges (its ablation)."""
     width: float = 1.0
     """Scales every channel count; 1 is the paper's."""
     residual_blocks: int = 8
@@ -62,6 +67,9 @@ class EdgeConnectOptions:
     drop_d1: bool = False
     """Leave D1 and G1's own losses out of the joint phase, as the paper does and the code does not."""
     lr: float = 1e-4
+    lr_drop: float = 1.0
+    """The share of a phase before the joint one after which rates are a tenth: the paper trains at 1e-4 to a plateau,
+    then at 1e-5; the released code never drops them (1)."""
     lr_joint: float = 1e-6
     d2g_lr: float = 0.1
     """Discriminators' rate over generators'."""
@@ -69,10 +77,14 @@ class EdgeConnectOptions:
     beta2: float = 0.9
 
     def __post_init__(self) -> None:
+        if self.edges not in EDGES:
+            raise ValueError(f"edge_connect edges {self.edges!r} is none of {', '.join(EDGES)}")
         if self.gan not in GAN_KINDS:
             raise ValueError(f"edge_connect gan {self.gan!r} is none of {', '.join(GAN_KINDS)}")
         if self.width <= 0 or self.residual_blocks < 0:
             raise ValueError("edge_connect width must be positive and residual_blocks not negative")
+        if not 0 < self.lr_drop <= 1:
+            raise ValueError(f"edge_connect lr_drop {self.lr_drop} is not in (0, 1]")
         stack = self.stack
         if unknown := set(stack) - {"name", "weights", "sha256", "perceptual", "style"}:
             raise ValueError(f"edge_connect features has no key {sorted(unknown)[0]!r}")
@@ -145,13 +157,15 @@ class EdgeGenerator(Generator):
 
 
 class InpaintGenerator(Generator):
-    """G2: image [B,3,H,W], edge, mask [B,1,H,W] -> image in (0,1); the edge is seen under the mask too."""
+    """G2: image [B,3,H,W], edge (None: it takes none), mask [B,1,H,W] -> image in (0,1); the edge is seen under the
+    mask too."""
 
-    def __init__(self, width: float = 1.0, blocks: int = 8) -> None:
-        super().__init__(4, 3, width, blocks, spectral_norm=False)
+    def __init__(self, width: float = 1.0, blocks: int = 8, edges: bool = True) -> None:
+        super().__init__(4 if edges else 3, 3, width, blocks, spectral_norm=False)
 
-    def forward(self, image: Tensor, edge: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
-        x = torch.cat([image * (1 - mask) + mask, edge], dim=1)
+    def forward(self, image: Tensor, edge: Tensor | None, mask: Tensor) -> Tensor:  # type: ignore[override]
+        x = image * (1 - mask) + mask
+        x = x if edge is None else torch.cat([x, edge], dim=1)
         return (torch.tanh(super().forward(x)) + 1) / 2
 
 
@@ -188,35 +202,33 @@ class EdgeConnect(Model):
     name: ClassVar[str] = "edge_connect"
     Options: ClassVar[type] = EdgeConnectOptions
     multiple: ClassVar[int] = 4
-    needs_edges = True
-    takes_edges = True
     options: EdgeConnectOptions
 
     def __init__(self, options: EdgeConnectOptions) -> None:
         super().__init__(options)
         w, blocks = options.width, options.residual_blocks
-        self.networks = nn.ModuleDict(
-            {
-                "edge_generator": EdgeGenerator(w, blocks),
-                "edge_discriminator": Discriminator(2, w),  # grey, edge
-                "inpaint_generator": InpaintGenerator(w, blocks),
-                "inpaint_discriminator": Discriminator(3, w),
-            }
-        )
-        g1, d1, g2, d2 = self.networks
-        rates = {n: options.d2g_lr if n in (d1, d2) else 1.0 for n in self.networks}
+        self.needs_edges = self.takes_edges = options.edges != "none"
+        self.true_edges = options.edges == "canny"
+        networks: dict[str, nn.Module] = {}
+        if options.edges == "generated":
+            networks = {G1: EdgeGenerator(w, blocks), D1: Discriminator(2, w)}  # D1 sees grey and edge
+        networks |= {G2: InpaintGenerator(w, blocks, self.takes_edges), D2: Discriminator(3, w)}
+        self.networks = nn.ModuleDict(networks)
 
         def phase(name: str, gs: tuple[str, ...], ds: tuple[str, ...], lr: float = options.lr) -> Phase:
-            trained = {n: lr * rates[n] for n in (*gs, *ds)}
+            trained = dict.fromkeys(gs, lr) | dict.fromkeys(ds, lr * options.d2g_lr)
             # 2e6 is the released MAX_ITERS of every stage; outside the hole all of them need edges
-            return Phase(name, 2_000_000, gs, ds, trained, (options.beta1, options.beta2), uses_edges=True)
+            betas, drop = (options.beta1, options.beta2), options.lr_drop if name != "joint" else 1.0
+            return Phase(name, 2_000_000, gs, ds, trained, betas, self.takes_edges, drop_at=drop)
 
-        self.phases = (
-            phase("edge", (g1,), (d1,)),
-            phase("inpaint_canny", (g2,), (d2,)),
-            phase("inpaint", (g2,), (d2,)),
-            phase("joint", (g1, g2), (d2,) if options.drop_d1 else (d1, d2), options.lr_joint),
+        all_phases = (
+            phase("edge", (G1,), (D1,)),
+            phase("inpaint_canny", (G2,), (D2,)),
+            phase("inpaint", (G2,), (D2,)),
+            phase("joint", (G1, G2), (D2,) if options.drop_d1 else (D1, D2), options.lr_joint),
         )
+        own = {"canny": ("inpaint_canny",), "none": ("inpaint",)}.get(options.edges)
+        self.phases = tuple(p for p in all_phases if own is None or p.name in own)
         # in a tuple, so that it is no part of the state dict
         self._features: tuple[FeatureStack] | None = None
 
@@ -224,18 +236,17 @@ class EdgeConnect(Model):
 
     def generate(self, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         image, mask, edge = batch["image"], batch["mask"], batch.get("edge")
-        if edge is None:
+        if edge is None and phase.uses_edges:
             raise ValueError(
                 f"edge_connect's phase {phase.name} needs edges in the batch: the recipe's data has none"
             )
-        g1, g2 = self.networks["edge_generator"], self.networks["inpaint_generator"]
         out: dict[str, Tensor] = {}
-        if phase.name != "inpaint_canny":
-            with torch.set_grad_enabled("edge_generator" in phase.generators and torch.is_grad_enabled()):
-                out["edge"] = g1(grey(image), edge, mask)
+        if G1 in self.networks and phase.name != "inpaint_canny":
+            with torch.set_grad_enabled(G1 in phase.generators and torch.is_grad_enabled()):
+                out["edge"] = self.networks[G1](grey(image), edge, mask)
         if phase.name != "edge":
             drawn = edge * (1 - mask) + out["edge"] * mask if "edge" in out else edge
-            out["image"] = g2(image, drawn, mask)
+            out["image"] = self.networks[G2](image, drawn if self.takes_edges else None, mask)
         return out
 
     # -- losses -----------------------------------------------------------------------------------------------
@@ -270,9 +281,9 @@ class EdgeConnect(Model):
     def weights(self, phase: Phase) -> dict[str, float]:
         o = self.options
         weights: dict[str, float] = {}
-        if "edge_discriminator" in phase.discriminators:
+        if D1 in phase.discriminators:
             weights |= {"D1": 1.0, "adv1": o.lambda_adv1, "FM": o.lambda_FM}
-        if "inpaint_discriminator" in phase.discriminators:
+        if D2 in phase.discriminators:
             weights |= {"D2": 1.0, "l1": o.lambda_l1, "adv2": o.lambda_adv2}
             weights |= {name: x for name, x in (("p", o.lambda_p), ("s", o.lambda_s)) if x}
         return weights
@@ -282,12 +293,12 @@ class EdgeConnect(Model):
     ) -> dict[str, tuple[nn.Module, Tensor, Tensor]]:
         """Each trained discriminator with the real and the generated images that it compares."""
         pairs = {}
-        if "edge_discriminator" in phase.discriminators:
+        if D1 in phase.discriminators:
             g = grey(batch["image"])
             real, fake = torch.cat([g, batch["edge"]], dim=1), torch.cat([g, out["edge"]], dim=1)
-            pairs["D1"] = (self.networks["edge_discriminator"], real, fake)
-        if "inpaint_discriminator" in phase.discriminators:
-            pairs["D2"] = (self.networks["inpaint_discriminator"], batch["image"], out["image"])
+            pairs["D1"] = (self.networks[D1], real, fake)
+        if D2 in phase.discriminators:
+            pairs["D2"] = (self.networks[D2], batch["image"], out["image"])
         return pairs
 
     def _feature_losses(self, fake: Tensor, real: Tensor, mask: Tensor) -> Losses:
@@ -323,21 +334,25 @@ class EdgeConnect(Model):
     # -- completion -------------------------------------------------------------------------------------------
 
     def _completion(self) -> Completion:
-        return EdgeCompletion(self.networks["edge_generator"], self.networks["inpaint_generator"])
+        g1 = dict(self.networks.items()).get(G1)
+        return EdgeCompletion(g1, self.networks[G2], self.takes_edges)
 
 
 class EdgeCompletion(Completion):
-    """G1 draws the hole's edges, unless an edge pixel inside that sample's hole says that a person has."""
+    """G1 draws the hole's edges, unless an edge pixel inside that sample's hole says that a person has (or that they
+    are the true ones); without G1, the given edges are all there are."""
 
-    def __init__(self, g1: nn.Module, g2: nn.Module) -> None:
+    def __init__(self, g1: nn.Module | None, g2: nn.Module, edges: bool) -> None:
         super().__init__()
-        self.g1, self.g2 = g1, g2
+        self.g1, self.g2, self.edges = g1, g2, edges
 
     def fill(self, image: Tensor, hole: Tensor, edge: Tensor) -> Tensor:
         height, width = image.shape[2:]
         # 12: the reflection padding of the residual blocks needs 3 pixels at a quarter of the size
         image, mask, edge = (pad_to_multiple(x, 4, least=12) for x in (image, hole.to(image.dtype), edge))
-        drawn = (edge * mask).amax(dim=(1, 2, 3), keepdim=True) > 0
-        inside = torch.where(drawn, edge, self.g1(grey(image), edge, mask))
-        filled = self.g2(image, edge * (1 - mask) + inside * mask, mask)
+        if self.g1 is not None:
+            drawn = (edge * mask).amax(dim=(1, 2, 3), keepdim=True) > 0
+            inside = torch.where(drawn, edge, self.g1(grey(image), edge, mask))
+            edge = edge * (1 - mask) + inside * mask
+        filled = self.g2(image, edge if self.edges else None, mask)
         return crop_to(filled, height, width)

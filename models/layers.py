@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm
@@ -27,6 +30,19 @@ def init_normal_(module: nn.Module) -> nn.Module:
             continue
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
+    return module
+
+
+def init_glorot_(module: nn.Module) -> nn.Module:
+    """TensorFlow's initialisation, in place: convolutions and dense layers Glorot-uniform, biases 0.
+
+    Call it before spectral norm is put on a layer.
+    """
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
     return module
 
 
@@ -71,6 +87,76 @@ class ChannelwiseLinear(nn.Module):
         if self.bias is not None:
             y = y + self.bias
         return y.view_as(x)
+
+
+class GatedConv2d(nn.Module):
+    """Gated convolution (DeepFill v2, Yu et al. 2019): activation(features) * sigmoid(gates).
+
+    One convolution gives both, features in its first half of channels and gates in its second. Zero padding keeps
+    the size: [B,c_in,H,W] -> [B,c_out,H/stride,W/stride], rounded up. `kernel` is odd.
+    """
+
+    def __init__(
+        self,
+        c_in: int,
+        c_out: int,
+        kernel: int = 3,
+        stride: int = 1,
+        dilation: int = 1,
+        activation: Callable[[Tensor], Tensor] = F.elu,
+    ) -> None:
+        super().__init__()
+        padding = dilation * (kernel // 2)
+        self.conv = nn.Conv2d(c_in, 2 * c_out, kernel, stride, padding, dilation)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        features, gates = self.conv(x).chunk(2, dim=1)
+        return self.activation(features) * torch.sigmoid(gates)
+
+
+class PartialConv2d(nn.Conv2d):
+    """Partial convolution (Liu et al. 2018, section 3.1): W^T (X . M) sum(1)/sum(M) + b where the window has a valid
+    pixel, else 0.
+
+    Masks are 1 = valid, 0 = hole, as in the paper: the one place of this project where they are. A mask is
+    [B,1,H,W], shared by all channels, or [B,C,H,W]. Zero padding counts as hole. The new mask [B,1,H',W'] is 1 where
+    the window had a valid pixel. What X holds where M is 0 is never used, be it NaN. No parameter belongs to masks.
+    """
+
+    def __init__(
+        self, c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 0, bias: bool = False
+    ) -> None:
+        super().__init__(c_in, c_out, kernel, stride, padding, bias=bias)
+        self.window = (kernel, stride, padding)
+        self.ones = c_in * kernel * kernel  # sum(1)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, mask: Tensor, skip: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x [B,C,H,W] and its mask -> y [B,c_out,H',W'] and its mask [B,1,H',W']; C is c_in.
+
+        skip: features [B,S,H,W] and their mask, as if concatenated to x and its mask; then C + S is c_in.
+        """
+        seen = torch.where(mask > 0, x, 0)
+        valid = _valid_channels(x, mask)
+        if skip is not None:
+            features, its_mask = skip
+            seen = torch.cat([seen, torch.where(its_mask > 0, features, 0)], dim=1)
+            valid = valid + _valid_channels(features, its_mask)
+        # sum(M), one channel however many M has. By pooling: convolutions may be computed in ways that round
+        total = F.avg_pool2d(valid, *self.window, divisor_override=1)
+        covered = total > 0
+        y = self._conv_forward(seen, self.weight, None) * torch.where(covered, self.ones / total, 0)
+        new_mask = covered.to(x.dtype)
+        if self.bias is not None:
+            y = y + self.bias.view(1, -1, 1, 1) * new_mask
+        return y, new_mask
+
+
+def _valid_channels(x: Tensor, mask: Tensor) -> Tensor:
+    """How many channels of x are valid at each pixel [B,1,H,W]."""
+    return mask * x.shape[1] if mask.shape[1] == 1 else mask.sum(1, keepdim=True)
 
 
 def pad_to_multiple(x: Tensor, multiple: int, least: int = 1) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,11 @@ def gram(features: Tensor) -> Tensor:
     return torch.bmm(f, f.transpose(1, 2)) / (c * h * w)
 
 
+def grams(features: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The Gram matrices of every layer: `perceptual` of two of these is `style` of the features."""
+    return {name: gram(f) for name, f in features.items()}
+
+
 def perceptual(fake: Mapping[str, Tensor], real: Mapping[str, Tensor]) -> Tensor:
     """Sum over layers of mean |phi_i(fake) - phi_i(real)| (Johnson et al. 2016)."""
     return torch.stack([F.l1_loss(fake[name], real[name]) for name in real]).sum()
@@ -62,3 +67,56 @@ def l1_over_hole(output: Tensor, truth: Tensor, mask_mean: Tensor) -> Tensor:
     `mask_mean` is a scalar; a batch without a hole counts as one with a single hole pixel.
     """
     return F.l1_loss(output, truth) / mask_mean.clamp_min(1 / (truth.shape[2] * truth.shape[3]))
+
+
+def masked_l1(output: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
+    """mean of mask * |output - truth| over all pixels, not only the mask's (Liu et al. 2018, section 3.3)."""
+    return ((output - truth).abs() * mask).mean()
+
+
+def dilate(mask: Tensor) -> Tensor:
+    """A mask [B,1,H,W] in {0,1} grown by one pixel, diagonals too."""
+    return F.max_pool2d(mask, 3, 1, 1)
+
+
+def total_variation(image: Tensor, region: Tensor | None = None) -> Tensor:
+    """Sum of |difference| of horizontal and of vertical neighbours, over the number of elements of image [B,C,H,W].
+
+    region [B,1,H,W] in {0,1}: only pairs with both pixels in it count (Liu et al. 2018, section 3.3: the hole grown
+    by a pixel).
+    """
+    across, down = (image.diff(dim=dim).abs() for dim in (3, 2))
+    if region is not None:
+        across = across * (region[..., 1:] * region[..., :-1])
+        down = down * (region[..., 1:, :] * region[..., :-1, :])
+    return (across.sum() + down.sum()) / image.numel()
+
+
+def wgan_critic(on_real: Tensor, on_fake: Tensor) -> Tensor:
+    """mean(D(fake)) - mean(D(real)): what a Wasserstein critic minimises. Its generator's loss is the hinge's."""
+    return on_fake.mean() - on_real.mean()
+
+
+def gradient_penalty(
+    critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, at: Tensor, mask: Tensor
+) -> Tensor:
+    """mean of (||mask * gradient of D|| - 1)^2 (Gulrajani et al. 2017; masked: DeepFill v1, section 3.3).
+
+    real, fake [B,C,H,W], mask [B,1,H,W]; the gradient is taken, and its norm over all of a photograph, at
+    real + at (fake - real), with `at` [B] in [0,1]. Needs grad mode; the inputs get no gradient.
+    """
+    between = torch.lerp(real, fake, at.to(real).view(-1, 1, 1, 1)).detach().requires_grad_()
+    (slope,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+    return ((torch.linalg.vector_norm((slope * mask).flatten(1), dim=1) - 1) ** 2).mean()
+
+
+def discount_map(side: int, gamma: float, released: bool = True) -> Tensor:
+    """Weights gamma^l [side,side] of spatially discounted l1 (DeepFill v1, section 3.2): l is a pixel's distance in
+    pixels to the nearest side of the box.
+
+    The known pixels beside the box are 1 away from its outermost ones; in the released code only so at the bottom and
+    at the right: the first row and column are 0 away.
+    """
+    i = torch.arange(side)
+    line = torch.minimum(i if released else i + 1, side - i)
+    return gamma ** torch.minimum(line[:, None], line).float()

@@ -107,13 +107,19 @@ def parser() -> argparse.ArgumentParser:
 
     evaluate = add(
         "evaluate",
-        "score a model and the classical baselines on photographs",
+        "score models and the classical baselines on photographs",
         "evaluate models:/edge_connect@champion --images photos --masks center --out scores",
     )
-    evaluate.add_argument("model", metavar="MODEL", help=MODEL)
-    evaluate.add_argument("--images", metavar="DIR", required=True, help="folder of photographs, or bundled")
+    evaluate.add_argument("models", metavar="MODEL", nargs="+", help=MODEL)
     evaluate.add_argument(
-        "--masks", metavar="DIR_OR_KIND", required=True, help="folder of masks, or a kind: center, box ..."
+        "--images", metavar="DIR", required=True, help="folder of photographs or of shards, or bundled"
+    )
+    evaluate.add_argument(
+        "--masks",
+        metavar="DIR_OR_KIND",
+        nargs="+",
+        required=True,
+        help="folders of masks, or kinds: center, box ...",
     )
     evaluate.add_argument(
         "--out", metavar="DIR", required=True, help="folder for the table, report and pictures"
@@ -121,6 +127,14 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--size", type=int, help="photographs are cut to this size (default: the model's)")
     evaluate.add_argument("--count", type=int, default=200, help="photographs at most (%(default)s)")
     evaluate.add_argument("--seed", type=int, default=0, help="of the masks (%(default)s)")
+    evaluate.add_argument(
+        "--split",
+        choices=("train", "val", "test"),
+        default="test",
+        help="of a folder of shards (%(default)s)",
+    )
+    evaluate.add_argument("--samples", type=int, default=6, help="rows of the sample grid (%(default)s)")
+    evaluate.add_argument("--no-baselines", action="store_true", help="leave the classical methods out")
     evaluate.add_argument("--tracking", help="MLflow's address")
 
     fill = add(

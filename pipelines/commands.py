@@ -83,13 +83,16 @@ def evaluate(args: argparse.Namespace) -> int:
     from pipelines.scoring import score_models
 
     score_models(
-        [args.model],
+        args.models,
         images=args.images,
         masks=args.masks,
         tracking_uri=_tracking(args),
         size=args.size,
         count=args.count,
         seed=args.seed,
+        split=args.split,
+        classical=not args.no_baselines,
+        samples=args.samples,
         out=Path(args.out),
     )
     return 0
@@ -138,7 +141,7 @@ def models(args: argparse.Namespace) -> int:
         score_models(
             [args.model, args.other],
             images=args.images,
-            masks=args.masks,
+            masks=[args.masks],
             tracking_uri=uri,
             count=args.count,
         )

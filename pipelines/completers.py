@@ -25,6 +25,10 @@ class ModelCompleter:
     model: Model
     sigma: float | None
 
+    @property
+    def true_edges(self) -> bool:
+        return self.model.true_edges
+
     def __call__(self, image: np.ndarray, mask: np.ndarray, edge: np.ndarray | None) -> np.ndarray:
         return to_pixels(self.model.complete(*to_tensors(image, mask, edge)))
 
@@ -50,13 +54,18 @@ class LoadedCompleter:
     def sigma(self) -> float | None:
         return self.loaded.sigma if self.loaded.needs_edges else None
 
+    @property
+    def true_edges(self) -> bool:
+        return bool(self.loaded.metadata.get("true_edges"))
+
     def __call__(self, image: np.ndarray, mask: np.ndarray, edge: np.ndarray | None) -> np.ndarray:
         return self.loaded.complete(image, mask, edge)
 
 
 def completer(model: Model, about: Mapping[str, Any]) -> Completer:
     """A checkpoint folder's model as a method."""
-    kind = EdgeDrawingCompleter if isinstance(model, EdgeConnect) else ModelCompleter
+    draws = isinstance(model, EdgeConnect) and model.options.edges == "generated"
+    kind = EdgeDrawingCompleter if draws else ModelCompleter
     return kind(model.eval(), about["sigma"] if model.needs_edges else None)
 
 

@@ -119,9 +119,11 @@ def evaluate(
         parts.append(score_slice(completers, piece, spec.sigma, features))
         if progress:
             progress(min(start + SLICE, len(images)), len(images), "photographs scored")
-    return _merge(
-        tuple(completers), tuple(name for name, _ in chosen), parts, _protocol(spec, chosen, masks), spec
-    )
+    protocol = _protocol(spec, chosen, masks)
+    protocol["true_edges"] = [
+        name for name, method in completers.items() if getattr(method, "true_edges", False)
+    ]
+    return _merge(tuple(completers), tuple(name for name, _ in chosen), parts, protocol, spec)
 
 
 def draw_masks(spec: EvaluationSpec, images: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:

@@ -97,6 +97,7 @@ def describe(model: Model, metadata: Mapping[str, Any]) -> dict[str, Any]:
         "options": dataclasses.asdict(model.options),
         "needs_edges": bool(model.needs_edges),
         "takes_edges": bool(model.takes_edges),
+        "true_edges": bool(model.true_edges),
     }
     described: dict[str, Any] = json.loads(json.dumps({**metadata, **own}, default=str))
     return described

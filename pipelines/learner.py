@@ -5,6 +5,7 @@ Knows torch and the model interface, neither Ray nor MLflow.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,9 +33,9 @@ class Schedule:
     def total(self) -> int:
         return self.parts[-1][2]
 
-    def at(self, step: int) -> tuple[Phase, int]:
-        """The phase of a step, and its number in it (0, 1, ...)."""
-        return next((phase, step - start) for phase, start, end in self.parts if step < end)
+    def at(self, step: int) -> tuple[Phase, int, int]:
+        """The phase of a step, its number in it (0, 1, ...), and the phase's length."""
+        return next((phase, step - start, end - start) for phase, start, end in self.parts if step < end)
 
 
 def make_schedule(model: Model, steps: Mapping[str, int]) -> Schedule:
@@ -69,9 +70,22 @@ class Learner:
     lr_scale: float = 1.0
     ema_decay: float = 0.0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    bfloat16: bool = False
+    """Forward passes and losses under autocast; parameters, gradients and optimisers stay float32."""
+    channels_last: bool = False
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         self.model.to(self.device)
+        if (
+            self.world > 1 and self.device.type == "cuda"
+        ):  # on CPUs each rank's statistics are its own photographs'
+            self.model.networks = nn.SyncBatchNorm.convert_sync_batchnorm(self.model.networks)
+        if self.channels_last:
+            self.model.networks.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.compiled:
+            for network in self.model.networks.values():
+                network.compile()
         self.phase: Phase | None = None
         self.optimisers: dict[str, torch.optim.Optimizer] = {}
         self.gradients: dict[str, Tensor] = {}
@@ -87,21 +101,28 @@ class Learner:
 
         Raises NonFiniteLoss, on every rank alike, before a parameter changes.
         """
-        phase, within = self.schedule.at(step)
+        with _sound_convolutions(self.bfloat16 and self.device.type == "cpu"):
+            return self._step(step, batch)
+
+    def _step(self, step: int, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        phase, within, length = self.schedule.at(step)
         self.enter(phase)
+        self._set_rates(phase, 0.1 if within >= phase.drop_at * length else 1.0)
         generators_learn = bool(phase.generators) and (within + 1) % phase.critic_steps == 0
         torch.manual_seed(int(np.random.SeedSequence([self.seed, step, self.rank]).generate_state(1)[0]))
         batch = self._to_device(step, batch)
-        with torch.set_grad_enabled(generators_learn):
+        with torch.set_grad_enabled(generators_learn), self._autocast():
             out = self.model.generate(batch, phase)
         terms: dict[str, Tensor] = {}
         if phase.discriminators:
-            losses = self.model.discriminator_losses(batch, out, phase)
+            with self._autocast():
+                losses = self.model.discriminator_losses(batch, out, phase)
             self._descend(step, losses, phase.discriminators)
             terms |= losses
         if generators_learn:
             with _frozen(self.model.networks[name] for name in phase.discriminators):
-                losses = self.model.generator_losses(batch, out, phase)
+                with self._autocast():
+                    losses = self.model.generator_losses(batch, out, phase)
                 self._descend(step, losses, phase.generators)
             terms |= losses
         if self.ema_decay:
@@ -112,11 +133,20 @@ class Learner:
                     self.ema[key].copy_(value)
         return {key: value.detach() for key, value in terms.items()}
 
+    def _set_rates(self, phase: Phase, factor: float) -> None:
+        for name, optimiser in self.optimisers.items():
+            for group in optimiser.param_groups:
+                group["lr"] = phase.lr[name] * self.lr_scale * factor
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
+
     def enter(self, phase: Phase) -> Phase:
         """Change to a phase: freeze and thaw its networks, and start their optimisers afresh."""
         if self.phase is not phase:
             self.phase = phase
             self.model.set_phase(phase)
+            self._share_statistics()
             for parameter in self.model.parameters():
                 parameter.grad = None
             names = (*phase.discriminators, *phase.generators)
@@ -124,12 +154,18 @@ class Learner:
             self.optimisers = {name: self._optimiser(phase, name) for name in names}
         return phase
 
+    def _share_statistics(self) -> None:
+        """Rank 0's running statistics for all: a phase that uses them, as they are, is then the same function on every
+        rank, and what a checkpoint holds. While batch norm trains, each rank's are its own and used by nobody."""
+        if self.world > 1:
+            for buffer in self.model.networks.buffers():
+                dist.broadcast(buffer, src=0)
+
     def _optimiser(self, phase: Phase, name: str) -> torch.optim.Optimizer:
         parameters = [p for p in self.model.networks[name].parameters() if p.requires_grad]
-        lr = phase.lr[name] * self.lr_scale
         if phase.optimiser == "adadelta":
-            return torch.optim.Adadelta(parameters, lr=lr)
-        return torch.optim.Adam(parameters, lr=lr, betas=phase.betas, fused=True)
+            return torch.optim.Adadelta(parameters)
+        return torch.optim.Adam(parameters, betas=phase.betas, fused=True)
 
     def _descend(self, step: int, losses: Mapping[str, Tensor], names: Iterable[str]) -> None:
         """One optimiser step on the weighted sum, with gradients averaged over the ranks.
@@ -143,7 +179,7 @@ class Learner:
         flats = [self.gradients[name] for name in names]
         for flat in flats:
             flat.zero_()
-        sum(weights[name] * value for name, value in losses.items()).backward()  # type: ignore[union-attr]
+        sum(weights[name] * value.to(flats[0]) for name, value in losses.items()).backward()  # type: ignore[union-attr]
         for flat in flats:
             if self.world > 1:
                 dist.all_reduce(flat)
@@ -174,6 +210,8 @@ class Learner:
             if isinstance(value, np.ndarray)
         }
         moved.setdefault("edge", None)
+        if self.channels_last:
+            moved["image"] = moved["image"].contiguous(memory_format=torch.channels_last)
         moved["mask_mean"] = self.mean(moved["mask"].mean())
         mine = len(moved["image"])  # of the global batch, which the ranks' parts make up end to end
         numbers = np.random.default_rng([self.seed, step]).random((self.world * mine, UNIFORM))
@@ -242,8 +280,23 @@ def _flat_gradient(network: nn.Module) -> Tensor:
     like = parameters[0]
     flat = torch.zeros(sum(p.numel() for p in parameters), device=like.device, dtype=like.dtype)
     for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter)
+        parameter.grad = part.as_strided(
+            parameter.shape, parameter.stride()
+        )  # channels_last, if that is the layout
     return flat
+
+
+@contextmanager
+def _sound_convolutions(bfloat16_on_cpu: bool) -> Iterator[None]:
+    """Without oneDNN where it is wrong: in bfloat16 it leaves parts of a weight's gradient unwritten when a strided
+    convolution's input is a single pixel (torch 2.13: seen on 5x5 kernels; plain kernels agree with float64)."""
+    if not bfloat16_on_cpu:
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the switch also touches TF32, and says so
+        with torch.backends.mkldnn.flags(enabled=False):
+            yield
 
 
 @contextmanager

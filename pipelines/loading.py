@@ -160,7 +160,8 @@ def _load_checkpoint(folder: Path, device: str) -> LoadedModel:
         raise RegistryError(f"the checkpoint {folder} cannot be loaded: {_line(error)}") from error
     except Exception as error:  # safetensors raises its own kind, derived from Exception alone
         raise RegistryError(f"{folder / WEIGHTS} is damaged: {_line(error)}") from error
-    metadata |= {"model": model.name, "needs_edges": model.needs_edges, "takes_edges": model.takes_edges}
+    edges = {name: getattr(model, name) for name in ("needs_edges", "takes_edges", "true_edges")}
+    metadata |= {"model": model.name, **edges}
     module = model.completion().to(device).eval()
     return LoadedModel(module, model.name, None, metadata, model.check_hole, device)
 

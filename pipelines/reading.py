@@ -86,6 +86,12 @@ def check_recipe(recipe: Recipe) -> None:
                 section.name,
                 **check(f"models.{key}", local_options, section.options),
             )
+        trained = getattr(model.options, "size", recipe.data.size)
+        if trained != recipe.data.size or recipe.data.size % model.multiple:
+            wanted = f"{trained}" if trained != recipe.data.size else f"a multiple of {model.multiple}"
+            raise RecipeError(
+                f"data.size = {recipe.data.size}: models.{key} ({section.name}) trains on {wanted} pixels"
+            )
         phases = [phase.name for phase in model.phases]
         steps = recipe.train_of(key).steps
         for name in steps:

@@ -8,7 +8,15 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 
 class Section(BaseModel):
@@ -86,6 +94,12 @@ class Train(Section):
     batch: Positive = Field(16, description="photographs a step, over all workers")
     lr_scale: Annotated[float, Field(gt=0)] = Field(1.0, description="factor on the paper's learning rates")
     ema: Fraction = Field(0.0, description="decay of the averaged generator weights; 0 = none")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="bfloat16: forward passes and losses under autocast"
+    )
+    tf32: bool = Field(False, description="TensorFloat-32 matrix products and convolutions on GPUs")
+    channels_last: bool = Field(False, description="memory layout of images and weights: faster on most GPUs")
+    compile: bool = Field(False, description="torch.compile the networks")
     checkpoint_every: Positive = 500
     log_every: Positive = 20
     keep: Positive = Field(2, description="checkpoints kept")
@@ -102,6 +116,9 @@ class Scaling(Section):
     )
 
 
+WORDS = ("generated", "canny", "none")  # edge_connect's `edges`
+
+
 class ModelSection(BaseModel):
     """One model to train. Every field that is not named here is an option of the model: the lambdas, `width`..."""
 
@@ -110,7 +127,9 @@ class ModelSection(BaseModel):
     name: str
     seed: int | None = None
     masks: Masks | None = None
-    edges: Edges | None = None
+    edges: Edges | Literal["generated", "canny", "none"] | None = Field(
+        None, description="its own edges section; or, in one word, edge_connect's option of that name"
+    )
     train: Train | None = None
     register_as: str | None = Field(
         None, description="name in the registry; `none` trains without registering"
@@ -118,7 +137,13 @@ class ModelSection(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
+        own = {"edges": self.edges} if isinstance(self.edges, str) else {}
+        return dict(self.model_extra or {}) | own
+
+    @field_validator("edges", mode="wrap")
+    @classmethod
+    def _word_or_section(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        return value if isinstance(value, str) and value in WORDS else validate(value)
 
 
 class Distance(Section):
@@ -219,7 +244,8 @@ class Recipe(Section):
         return self.masks if own is None else own
 
     def edges_of(self, key: str) -> Edges:
-        return self.models[key].edges or self.edges
+        own = self.models[key].edges
+        return own if isinstance(own, Edges) else self.edges
 
     def seed_of(self, key: str) -> int:
         own = self.models[key].seed

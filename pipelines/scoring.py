@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from data_prep.sources import PhotoError, decode_photo, open_source
+from data_prep.storage import open_storage
+from data_prep.stream import read_split
 from pipelines import registry
 from pipelines.completers import LoadedCompleter
 from pipelines.evaluate import Completer, EvaluationSpec, baselines, evaluate
@@ -23,26 +26,31 @@ def score_models(
     uris: Sequence[str],
     *,
     images: str,
-    masks: str,
+    masks: Sequence[str],
     tracking_uri: str,
     size: int | None = None,
     count: int = 200,
     seed: int = 0,
+    split: str = "test",
+    classical: bool = True,
+    samples: int = 6,
     out: Path | None = None,
 ) -> Evaluation:
-    """Print the table of the models and the classical baselines; with `out`, also table.md, report.html, grids.
+    """Print the table of the models and, when `classical`, the baselines; with `out`, also table.md, report.html, grids.
 
-    Photographs are cut to squares of `size` pixels (None: the largest training size of the models). Unreadable
-    ones are listed and passed over. ValueError in one line: no such model, no photographs.
+    Photographs are cut to squares of `size` pixels (None: the largest training size of the models); of a folder that
+    `inpaint shard` made, those of `split`. Unreadable ones are listed and passed over. ValueError in one line: no such
+    model, no photographs.
     """
     models = {uri: registry.load_model(uri, tracking_uri=tracking_uri) for uri in uris}
     size = size or max([model.size or 0 for model in models.values()]) or 256
-    methods: dict[str, Completer] = baselines()
+    methods: dict[str, Completer] = baselines() if classical else {}
     methods |= {uri.removeprefix("models:/"): LoadedCompleter(model) for uri, model in models.items()}
-    photos = read_photographs(images, size, count)
+    photos = read_photographs(images, size, count, split)
+    spec = EvaluationSpec(tuple(masks), seed, samples=samples)
     with Show() as show:
         report = lambda done, total, note: show("evaluate", "running", done, total, note)  # noqa: E731
-        found = evaluate(methods, photos, EvaluationSpec((masks,), seed), progress=report)
+        found = evaluate(methods, photos, spec, progress=report)
         show("evaluate", "finished", note=f"{len(photos)} photographs of {size} px")
     print(table_text(found))
     if out:
@@ -55,8 +63,13 @@ def score_models(
     return found
 
 
-def read_photographs(uri: str, size: int, count: int) -> list[tuple[str, np.ndarray]]:
-    """(name, uint8 [size,size,3]): short side resized to `size`, centre square. ValueError when none is readable."""
+def read_photographs(uri: str, size: int, count: int, split: str = "test") -> list[tuple[str, np.ndarray]]:
+    """(name, uint8 [size,size,3]): short side resized to `size`, centre square; of shards, the split's centre crops.
+
+    ValueError when none is readable.
+    """
+    if uri != "bundled" and (shards := open_storage(uri)).exists("manifest.json"):
+        return list(islice(read_split(shards, split, size), count))
     source = open_source(uri, tile=min(size, 256))
     photos: list[tuple[str, np.ndarray]] = []
     rejected = []

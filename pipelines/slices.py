@@ -20,9 +20,10 @@ class Completer(Protocol):
     """Completes one photograph: image uint8 [H,W,3] (black in the hole), mask uint8 [H,W] with 1 = hole, edge bool
     [H,W] or None -> uint8 [H,W,3]. It raises ValueError on a hole it cannot complete.
 
-    Two attributes are looked for: `sigma`, at which Canny's edges outside the hole are made for it (None: it takes
-    none; not there: the evaluation's sigma), and `draw_edges(image, mask, edge) -> [H,W]` in [0,1], the edges it
-    draws in the hole, for the pictures.
+    Three attributes are looked for: `sigma`, at which Canny's edges outside the hole are made for it (None: it takes
+    none; not there: the evaluation's sigma); `true_edges`, which asks for those of the whole photograph, the hole's
+    too (a study of what perfect edges are worth, no completion); and `draw_edges(image, mask, edge) -> [H,W]` in
+    [0,1], the edges it draws in the hole, for the pictures.
     """
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, edge: np.ndarray | None) -> np.ndarray: ...
@@ -68,7 +69,10 @@ def score_slice(
             known = np.where(mask[..., None] != 0, np.uint8(0), image)
             edges = {s: canny_edges(known, s, mask=mask) for s in set(sigmas.values()) if s is not None}
             for name, method in completers.items():
-                result, score = _attempt(method, image, known, mask, _edge(edges, sigmas[name]))
+                edge = _edge(edges, sigmas[name])
+                if edge is not None and getattr(method, "true_edges", False):
+                    edge = canny_edges(image, sigmas[name] or 0)
+                result, score = _attempt(method, image, known, mask, edge)
                 found.scores.setdefault((label, name), []).append(score)
                 results[name].append(result)
             if piece.start + offset in piece.shown:

@@ -130,6 +130,10 @@ def _caption(evaluation: Evaluation, masks: str) -> str:
 
 def _notes(evaluation: Evaluation, masks: str, rows: Sequence[Row]) -> tuple[str, ...]:
     notes: dict[str, None] = {}  # a set that keeps its order
+    for name in evaluation.protocol.get("true_edges", ()):
+        notes[f"{name} paints over the true edges of the whole photograph, the hole's too: no completion"] = (
+            None
+        )
     for row in rows:
         if row.failed:
             notes[

@@ -80,7 +80,8 @@ def make_stream(job: TrainJob, rank: int, world: int) -> Stream:
 
 def make_bookkeeper(job: TrainJob, learner: Learner, journal: list[Point]) -> Bookkeeper:
     sigma = statistics.median(job.sigmas)
-    held_out = Validation.load(job.storage.sub(job.shards), job.data["size"], job.masks, sigma)
+    shards, size = job.storage.sub(job.shards), job.data["size"]
+    held_out = Validation.load(shards, size, job.masks, sigma, learner.model.true_edges)
     publisher = Publisher(job.tracking, job.run) if job.tracking else None
     return Bookkeeper(learner, journal, held_out, publisher, job.progress)
 
@@ -90,6 +91,9 @@ def make_learner(job: TrainJob, rank: int, world: int) -> Learner:
     torch.set_num_threads(job.data["torch_threads"])
     keep_memory()
     torch.manual_seed(job.seed)
+    if job.train["tf32"]:
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.allow_tf32 = True
     model = build_model(job.model, **local_options(job.options))
     return Learner(
         model,
@@ -100,6 +104,9 @@ def make_learner(job: TrainJob, rank: int, world: int) -> Learner:
         job.train["lr_scale"],
         job.train["ema"],
         torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"),
+        bfloat16=job.train["precision"] == "bfloat16",
+        channels_last=job.train["channels_last"],
+        compiled=job.train["compile"],
     )
 
 

@@ -22,21 +22,25 @@ LOOKED_AT, PHOTOGRAPHS, DRAWN = 256, 16, 4
 
 @dataclass(frozen=True)
 class Validation:
-    """image uint8 [N,S,S,3], mask uint8 [N,S,S], edge bool [N,S,S]: Canny that never looked into the hole."""
+    """image uint8 [N,S,S,3], mask uint8 [N,S,S], edge bool [N,S,S]: Canny that never looked into the hole, unless the
+    model is one that paints over true edges."""
 
     image: np.ndarray
     mask: np.ndarray
     edge: np.ndarray
 
     @classmethod
-    def load(cls, shards: Storage, size: int, masks: dict[str, Any], sigma: float) -> Validation:
+    def load(
+        cls, shards: Storage, size: int, masks: dict[str, Any], sigma: float, true_edges: bool = False
+    ) -> Validation:
         """Photographs spread over the validation split, or over the training split where there is no validation."""
         split = "val" if load_manifest(shards)["splits"].get("val") else "train"
         found = [photo for _, photo in islice(read_split(shards, split, size), LOOKED_AT)]
         spread = np.linspace(0, len(found) - 1, min(PHOTOGRAPHS, len(found))).round().astype(int)
         photos = [found[index] for index in spread]
         drawn = fixed_masks(masks, size, size, len(photos), 0)
-        edges = [canny_edges(photo, sigma, mask=mask) for photo, mask in zip(photos, drawn, strict=True)]
+        hidden = [None if true_edges else mask for mask in drawn]
+        edges = [canny_edges(photo, sigma, mask=mask) for photo, mask in zip(photos, hidden, strict=True)]
         return cls(np.stack(photos), np.stack(drawn), np.stack(edges))
 
     def look(self, learner: Learner) -> tuple[float, bytes]:

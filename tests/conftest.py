@@ -1,12 +1,18 @@
-"""Fixtures of all tests: an S3 API over HTTP."""
+"""Fixtures of all tests: an S3 API over HTTP, and small models."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import boto3
 import pytest
 from moto.server import ThreadedMotoServer
+from small import build_small
+
+if TYPE_CHECKING:
+    from models.base import Model
 
 SECRET = "very-secret-7f3a"
 
@@ -31,3 +37,8 @@ def s3(server, monkeypatch):
     name = f"bucket-{os.urandom(4).hex()}"
     boto3.client("s3", endpoint_url=server).create_bucket(Bucket=name)
     return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def small() -> Callable[..., Model]:
+    return build_small

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,17 +13,7 @@ import skimage.feature
 import torch
 from torch import Tensor
 
-from models import build_model, model_options
 from models.base import UNIFORM, Model, Phase
-
-SMALL = {
-    "size": 32,
-    "width": 0.125,
-    "residual_blocks": 1,
-    "features": "efficientnet_lite0",
-    "lambda_p": 0.02,
-    "lambda_s": 1.0,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -62,17 +51,6 @@ def batch(photos: Tensor) -> dict[str, Any]:
         "edge": torch.from_numpy(edges)[:, None].float(),
         "uniform": numbers,
     }
-
-
-@pytest.fixture(scope="session")
-def small() -> Callable[..., Model]:
-    """small(name, **options): the model as small as it gets; options that a model lacks are left out."""
-
-    def build(name: str, **options: Any) -> Model:
-        known = {field.name for field in dataclasses.fields(model_options(name))}
-        return build_model(name, **{k: v for k, v in {**SMALL, **options}.items() if k in known})
-
-    return build
 
 
 class Trainer:

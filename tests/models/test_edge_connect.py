@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 from models import build_model
 from models.edge_connect import (
+    D1,
+    D2,
+    G1,
+    G2,
     PERCEPTUAL,
     STYLE,
     Discriminator,
@@ -22,8 +26,6 @@ from models.edge_connect import (
     grey,
 )
 from models.losses import feature_matching, gan_fake, gan_generator, gan_real, gram, l1_over_hole, style
-
-G1, D1, G2, D2 = "edge_generator", "edge_discriminator", "inpaint_generator", "inpaint_discriminator"
 
 
 def count(network: nn.Module) -> int:
@@ -284,6 +286,32 @@ def test_no_pass_is_run_twice(batch, training) -> None:
         assert {name: calls.count(name) for name in calls} == expected[phase.name]
 
 
+def test_g2_alone_on_true_edges_or_without_edges_is_g2_alone(batch, training) -> None:
+    for edges, phase, channels in (("canny", "inpaint_canny", 4), ("none", "inpaint", 3)):
+        model = build(edges=edges, lambda_p=0, lambda_s=0)
+        assert [*model.networks] == [G2, D2]
+        assert [p.name for p in model.phases] == [phase]
+        assert model.networks[G2].body[1].in_channels == channels
+        losses = training.Trainer(model, model.phases[0]).step(batch)
+        assert losses.keys() == {"D2", "l1", "adv2"}
+    with torch.device("meta"):
+        without = build_model("edge_connect", edges="none").networks[G2]
+    assert count(without) == 10_774_595 - 64 * 49  # the first layer's weights for an edge
+
+
+def test_true_edges_reach_g2_in_completion_and_none_are_needed_without(batch) -> None:
+    image, mask, edge = batch["image"], batch["mask"], batch["edge"]
+    canny, none = build(edges="canny").eval(), build(edges="none").eval()
+    with torch.no_grad():
+        expected = canny.networks[G2](image, edge, mask)
+    done = canny.complete(image, mask, edge)
+    torch.testing.assert_close(done[:, :, 8:24, 8:24], expected[:, :, 8:24, 8:24])
+    with pytest.raises(ValueError, match="needs edges"):
+        canny.complete(image, mask)
+    assert torch.equal(none.complete(image, mask), none.complete(image, mask, edge))
+    assert none.generate({**batch, "edge": None}, none.phases[0])["image"].shape == image.shape
+
+
 # -- completion ------------------------------------------------------------------------------------------------
 
 
@@ -342,9 +370,11 @@ def test_layers_exist_in_their_stacks_and_can_be_chosen(batch) -> None:
 @pytest.mark.parametrize(
     "options",
     [
+        {"edges": "sobel"},
         {"gan": "wgan"},
         {"features": "vgg16"},
         {"features": {"name": "vgg19", "wieghts": "x"}},
+        {"lr_drop": 0},
         {"width": 0},
         {"residual_blocks": -1},
     ],

@@ -11,54 +11,43 @@ from torch import nn
 
 from models.features import load_features
 
-VGG19_E = [
-    64,
-    64,
-    0,
-    128,
-    128,
-    0,
-    256,
-    256,
-    256,
-    256,
-    0,
-    512,
-    512,
-    512,
-    512,
-    0,
-    512,
-    512,
-    512,
-    512,
-    0,
-]  # 0: pool
+LEVELS = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}  # convolutions before each pool
+PARAMETERS = {"vgg16": 14_714_688, "vgg19": 20_024_384}
 
 
-def torchvision_like_vgg19() -> nn.Module:
+def torchvision_like(name: str) -> nn.Module:
     """The layers in torchvision's order, so that its numbering is that of torchvision's state dict."""
     layers: list[nn.Module] = []
     c_in = 3
-    for c in VGG19_E:
-        layers += [nn.Conv2d(c_in, c, 3, padding=1), nn.ReLU()] if c else [nn.MaxPool2d(2)]
-        c_in = c or c_in
+    for count, c in zip(LEVELS[name], (64, 128, 256, 512, 512), strict=True):
+        for _ in range(count):
+            layers += [nn.Conv2d(c_in, c, 3, padding=1), nn.ReLU()]
+            c_in = c
+        layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers)
 
 
 @pytest.fixture(scope="module")
-def vgg(tmp_path_factory):
+def vggs(tmp_path_factory):
     torch.manual_seed(0)
-    network = torchvision_like_vgg19()
-    path = tmp_path_factory.mktemp("vgg") / "vgg19.pth"
-    torch.save({f"features.{key}": value for key, value in network.state_dict().items()}, path)
-    return network, path
+    folder, made = tmp_path_factory.mktemp("vgg"), {}
+    for name in LEVELS:
+        network = torchvision_like(name)
+        path = folder / f"{name}.pth"
+        torch.save({f"features.{key}": value for key, value in network.state_dict().items()}, path)
+        made[name] = network, path
+    return made
 
 
-@pytest.mark.parametrize("normalize", [True, False])
-def test_vgg19_is_torchvisions_cut_at_its_relus(vgg, normalize) -> None:
-    network, path = vgg
-    stack = load_features("vgg19", path, normalize=normalize)
+@pytest.fixture(scope="module")
+def vgg(vggs):
+    return vggs["vgg19"]
+
+
+@pytest.mark.parametrize(("name", "normalize"), [("vgg16", True), ("vgg19", True), ("vgg19", False)])
+def test_vgg_is_torchvisions_cut_at_its_relus_and_pools(vggs, name, normalize) -> None:
+    network, path = vggs[name]
+    stack = load_features(name, path, normalize=normalize)
     x = torch.rand(1, 3, 48, 40)
     y = x
     if normalize:
@@ -68,14 +57,16 @@ def test_vgg19_is_torchvisions_cut_at_its_relus(vgg, normalize) -> None:
     with torch.no_grad():
         for layer in network:
             y = layer(y)
-            expected += [y] if isinstance(layer, nn.ReLU) else []
+            expected += [y] if isinstance(layer, (nn.ReLU, nn.MaxPool2d)) else []
     found = stack(x, list(stack.layers))
-    assert list(stack.layers)[:3] + list(stack.layers)[-1:] == ["relu1_1", "relu1_2", "relu2_1", "relu5_4"]
+    last = f"relu5_{LEVELS[name][-1]}"
+    assert list(stack.layers)[:4] == ["relu1_1", "relu1_2", "pool1", "relu2_1"]
+    assert list(stack.layers)[-2:] == [last, "pool5"]
     assert [f.shape[1] for f in found.values()] == list(stack.layers.values())
-    for name, e in zip(found, expected, strict=True):
-        torch.testing.assert_close(found[name], e, msg=name)
+    for layer_name, e in zip(found, expected, strict=True):
+        torch.testing.assert_close(found[layer_name], e, msg=layer_name)
     parameters = list(stack.parameters())
-    assert sum(p.numel() for p in parameters) == 20_024_384
+    assert sum(p.numel() for p in parameters) == PARAMETERS[name]
     assert not any(p.requires_grad for p in parameters)
 
 
@@ -120,10 +111,12 @@ def test_missing_weights_say_how_to_get_them(tmp_path) -> None:
         FileNotFoundError, match=r"download https://download\.pytorch\.org/.*efficientnet_lite0"
     ):
         load_features("vgg19")
+    with pytest.raises(FileNotFoundError, match=r"download\.pytorch\.org/models/vgg16-397923af\.pth"):
+        load_features("vgg16")
     with pytest.raises(FileNotFoundError, match=r"absent\.pth"):
         load_features("vgg19", tmp_path / "absent.pth")
-    with pytest.raises(ValueError, match="there are vgg19 and efficientnet_lite0"):
-        load_features("vgg16")
+    with pytest.raises(ValueError, match="there are vgg16, vgg19 and efficientnet_lite0"):
+        load_features("vgg13")
 
 
 def test_the_checksum_is_checked(vgg) -> None:
@@ -154,3 +147,9 @@ def test_files_that_are_no_weights_are_refused_in_one_line(tmp_path, vgg) -> Non
         load_features("vgg19", tmp_path / "other")
     with pytest.raises(ValueError, match="_conv_stem"):
         load_features("efficientnet_lite0", vgg[1])
+
+
+def test_the_file_of_another_vgg_is_refused(vggs) -> None:
+    for name, other in (("vgg16", "vgg19"), ("vgg19", "vgg16")):
+        with pytest.raises(ValueError, match=r"not this network's state dict"):
+            load_features(name, vggs[other][1])

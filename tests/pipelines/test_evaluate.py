@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from skimage.color import rgb2gray
 from skimage.data import astronaut
 from skimage.feature import canny
 
@@ -346,3 +347,24 @@ def test_a_recipes_section_becomes_a_specification():
 def test_nothing_to_evaluate_is_said():
     with pytest.raises(ValueError, match="nothing to evaluate: 0 photographs, 1 methods"):
         evaluate({"grey": Grey()}, [], EvaluationSpec())
+
+
+class PaintsOverTrueEdges:
+    """Shows the edges that it is given."""
+
+    sigma, true_edges = 1.0, True
+
+    def __call__(self, image, mask, edge):
+        return np.where(mask[..., None] != 0, edge[..., None].astype(np.uint8) * np.uint8(255), image)
+
+
+def test_a_study_of_true_edges_sees_those_of_the_hole_and_is_marked(photos):
+    found = evaluate(
+        {"study": PaintsOverTrueEdges()}, photos[:2], EvaluationSpec(distance=None, samples=1), pool=Pool()
+    )
+    (sample,) = found.samples
+    shown = decode_png(found.pictures[sample["pictures"]["study"]])
+    truth = canny(rgb2gray(photos[0][1]), sigma=1.0)
+    assert np.array_equal(shown[16:48, 16:48, 0] > 0, truth[16:48, 16:48])
+    assert found.protocol["true_edges"] == ["study"]
+    assert "study paints over the true edges of the whole photograph" in table_text(found)
