@@ -150,6 +150,9 @@ def parser() -> argparse.ArgumentParser:
     )
     fill.add_argument("--edges", metavar="FILE", help="drawn edges inside the hole, white on black")
     fill.add_argument("--invert-mask", action="store_true", help="the mask's black is the hole")
+    fill.add_argument(
+        "--blend", action="store_true", help="hide the seam at the hole's border (Poisson blending)"
+    )
     fill.add_argument("--dilate", metavar="PIXELS", type=int, default=0, help="grow the hole (%(default)s)")
     fill.add_argument(
         "--max-side", metavar="PIXELS", type=int, default=512, help="longest side of a window (%(default)s)"

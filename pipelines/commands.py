@@ -113,6 +113,7 @@ def fill(args: argparse.Namespace) -> int:
             invert=True if args.invert_mask else None,
             dilate=args.dilate,
             max_side=args.max_side,
+            blend=args.blend,
             edges_path=args.edges,
             progress=lambda done, windows: show("fill", "running", done, windows, "windows"),
         )

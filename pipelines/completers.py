@@ -12,6 +12,7 @@ import torch
 from data_prep.shards import load_manifest
 from data_prep.storage import Storage
 from data_prep.stream import read_split
+from models.attention import ContextualAttention, flow_picture
 from models.base import Model
 from models.edge_connect import EdgeConnect, grey
 from pipelines.evaluate import Completer
@@ -44,6 +45,25 @@ class EdgeDrawingCompleter(ModelCompleter):
             return g1(grey(x), torch.zeros_like(hole) if known is None else known, hole)[0, 0].numpy()
 
 
+class AttentionDrawingCompleter(ModelCompleter):
+    """deepfill_v1 and v2: where each place of the photograph looks is shown too."""
+
+    def draw_attention(self, image: np.ndarray, mask: np.ndarray, edge: np.ndarray | None) -> np.ndarray:
+        """uint8 [H,W,3]: the colour is the direction and distance of the patch that a place attends to most."""
+        attention = next(m for m in self.model.modules() if isinstance(m, ContextualAttention))
+        seen: list[tuple[torch.Tensor, ...]] = []
+        hook = attention.register_forward_pre_hook(lambda _, inputs: seen.append(inputs))
+        try:
+            self.model.complete(*to_tensors(image, mask, edge))
+        finally:
+            hook.remove()
+        picture = flow_picture(attention.offsets(*seen[0])[0])
+        pixels = picture.repeat(8, axis=0).repeat(
+            8, axis=1
+        )  # features at a quarter of the size, places at half of that
+        return pixels[: mask.shape[0], : mask.shape[1]]
+
+
 @dataclass(frozen=True)
 class LoadedCompleter:
     """A version from the registry, with edges at the sigma that it was trained on."""
@@ -64,8 +84,11 @@ class LoadedCompleter:
 
 def completer(model: Model, about: Mapping[str, Any]) -> Completer:
     """A checkpoint folder's model as a method."""
-    draws = isinstance(model, EdgeConnect) and model.options.edges == "generated"
-    kind = EdgeDrawingCompleter if draws else ModelCompleter
+    kind = ModelCompleter
+    if isinstance(model, EdgeConnect) and model.options.edges == "generated":
+        kind = EdgeDrawingCompleter
+    elif any(isinstance(module, ContextualAttention) for module in model.modules()):
+        kind = AttentionDrawingCompleter
     return kind(model.eval(), about["sigma"] if model.needs_edges else None)
 
 

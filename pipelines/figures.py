@@ -15,11 +15,13 @@ from PIL import Image, ImageDraw, ImageFont
 DRAWN_EDGE = (37, 99, 235)
 HOLE_TINT = (233, 239, 252)
 GAP = 4
+DRAWINGS = ("edges", "attention")
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Rows of pictures (uint8 [H,W,3], None = no result) under column names; `edges...` columns are line drawings."""
+    """Rows of pictures (uint8 [H,W,3], None = no result) under column names; `edges...` and `attention...`
+    columns are drawings."""
 
     title: str
     columns: tuple[str, ...]
@@ -28,7 +30,7 @@ class Grid:
 
     def is_drawing(self, column: int) -> bool:
         """Whether a column holds one-pixel lines, which smooth scaling would wash out."""
-        return self.columns[column].startswith("edges")
+        return self.columns[column].startswith(DRAWINGS)
 
 
 def encode_png(image: np.ndarray) -> bytes:

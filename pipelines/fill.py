@@ -12,6 +12,7 @@ from PIL import Image
 
 from data_prep.masks import looks_inverted, read_mask
 from data_prep.sources import PhotoError
+from models.blending import poisson_blend
 from models.classical import inpaint
 from pipelines.loading import LoadedModel
 from pipelines.photograph import Photograph, check_target, read_bytes, read_photograph, write_photograph
@@ -30,6 +31,7 @@ def fill(
     invert: bool | None = None,
     dilate: int = 0,
     max_side: int = 512,
+    blend: bool = False,
     edges_path: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
@@ -38,7 +40,8 @@ def fill(
     The mask is any image: white (above half) = hole; `invert` turns it round, None says when it looks inverted.
     `dilate` grows the hole by so many pixels. What lies far from a hole is not looked at: each hole is filled in a
     window twice its box, at least the model's training size, seen no larger than `max_side`. `edges_path` is a drawing,
-    as large as the photograph, whose lines inside the hole are followed. `progress(done, windows)`.
+    as large as the photograph, whose lines inside the hole are followed. `blend` shifts the fill's colours so that no
+    seam is left at its border (Poisson). `progress(done, windows)`.
     Keys: out, hole_percent, windows, notes, warnings, lines. ValueError in one line, before anything is written:
     files that cannot be read or do not go together, a hole that the model cannot fill.
     """
@@ -55,7 +58,7 @@ def fill(
     lines = None if edges_path is None else _read_lines(Path(edges_path), photo, model, notes)
 
     plan = Plan(hole, model.size or LEAST_SIDE, max_side)
-    filled = _fill_windows(model, photo.rgb, hole, lines, plan, warnings, progress)
+    filled = _fill_windows(model, photo.rgb, hole, lines, plan, blend, warnings, progress)
     write_photograph(out_path, photo.completed(filled, hole), photo.profile)
 
     percent = round(100 * float(hole.mean()), 2)
@@ -92,6 +95,7 @@ def _fill_windows(
     hole: np.ndarray,
     lines: np.ndarray | None,
     plan: Plan,
+    blend: bool,
     warnings: list[str],
     progress: Callable[[int, int], None] | None,
 ) -> np.ndarray:
@@ -110,6 +114,10 @@ def _fill_windows(
             result, share = _look(model, window, crop, missing, own, drawn)
         except ValueError as error:
             raise ValueError(f"the hole at {_place(window)} cannot be filled: {error}") from None
+        if blend:
+            result = poisson_blend(
+                crop, np.where(own[..., None], result, crop), own.astype(np.uint8), composed=True
+            )
         crop[own] = result[own]
         missing[own] = False
         shares.append(share)

@@ -92,6 +92,11 @@ def check_recipe(recipe: Recipe) -> None:
             raise RecipeError(
                 f"data.size = {recipe.data.size}: models.{key} ({section.name}) trains on {wanted} pixels"
             )
+        if model.takes_edges and not model.needs_edges and recipe.edges_of(key).source != "full":
+            raise RecipeError(
+                f"edges.source = {recipe.edges_of(key).source}: models.{key} learns to follow the edges inside the hole, "
+                "which only full has"
+            )
         phases = [phase.name for phase in model.phases]
         steps = recipe.train_of(key).steps
         for name in steps:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pipelines.figures import Grid, decode_png
+from pipelines.figures import DRAWINGS, Grid, decode_png
 from pipelines.metrics import BANDS, mean_of
 
 Values = dict[str, dict[str, dict[str, list[float | None]]]]
@@ -97,7 +97,7 @@ class Evaluation:
             samples = [sample["pictures"] for sample in self.samples if sample["masks"] == masks]
             if samples:
                 drawings = sorted(
-                    {name for pictures in samples for name in pictures if name.startswith("edges")}
+                    {name for pictures in samples for name in pictures if name.startswith(DRAWINGS)}
                 )
                 columns = ("ground truth", "masked", *drawings, *self.methods)
                 rows = tuple(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -20,10 +20,10 @@ class Completer(Protocol):
     """Completes one photograph: image uint8 [H,W,3] (black in the hole), mask uint8 [H,W] with 1 = hole, edge bool
     [H,W] or None -> uint8 [H,W,3]. It raises ValueError on a hole it cannot complete.
 
-    Three attributes are looked for: `sigma`, at which Canny's edges outside the hole are made for it (None: it takes
+    Four attributes are looked for: `sigma`, at which Canny's edges outside the hole are made for it (None: it takes
     none; not there: the evaluation's sigma); `true_edges`, which asks for those of the whole photograph, the hole's
-    too (a study of what perfect edges are worth, no completion); and `draw_edges(image, mask, edge) -> [H,W]` in
-    [0,1], the edges it draws in the hole, for the pictures.
+    too (a study of what perfect edges are worth, no completion); and for the pictures `draw_edges(image, mask, edge)
+    -> [H,W]` in [0,1], the edges it draws in the hole, and `draw_attention(image, mask, edge) -> uint8 [H,W,3]`.
     """
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, edge: np.ndarray | None) -> np.ndarray: ...
@@ -108,17 +108,24 @@ def _drawings(
     edges: Mapping[float, np.ndarray],
     sigmas: Mapping[str, float | None],
 ) -> dict[str, np.ndarray]:
-    """The `edges` columns: one for each method that draws edges, or the known ones when none does."""
+    """The `edges` columns, one for each method that draws edges, or the known ones when none does; and `attention`."""
     drawing = [name for name, method in completers.items() if hasattr(method, "draw_edges")]
+    attending = [name for name, method in completers.items() if hasattr(method, "draw_attention")]
     pictures = {}
-    for name in drawing:
+    for name in (*drawing, *attending):
+        method: Any = completers[name]
+        kind, same = ("edges", drawing) if name in drawing else ("attention", attending)
         edge = _edge(edges, sigmas[name])
         try:
-            drawn = completers[name].draw_edges(known.copy(), mask.copy(), edge)  # type: ignore[attr-defined]
+            if kind == "attention":
+                picture = method.draw_attention(known.copy(), mask.copy(), edge)
+            else:
+                outside = np.zeros(mask.shape, bool) if edge is None else edge
+                drawn = method.draw_edges(known.copy(), mask.copy(), edge)
+                picture = edges_picture(outside, mask, drawn)
         except ValueError:
             continue  # the same hole that it cannot complete, listed there
-        outside = np.zeros(mask.shape, bool) if edge is None else edge
-        pictures["edges" if len(drawing) == 1 else f"edges ({name})"] = edges_picture(outside, mask, drawn)
+        pictures[kind if len(same) == 1 else f"{kind} ({name})"] = picture
     if not drawing and edges:
         pictures["edges"] = edges_picture(edges[min(edges)], mask)
     return pictures

@@ -99,11 +99,8 @@ def test_what_each_stage_sees(guided, batch) -> None:
     """Stage 1: masked RGB, (sketch), ones, mask; stage 2: the composite alone."""
     model = build(guided=guided)
     g = model.networks["generator"]
-    one, two, branches = (
-        inputs(g.coarse),
-        inputs(g.refinement),
-        [inputs(g.refinement.hallucination), inputs(g.refinement.before_attention)],
-    )
+    one, two = inputs(g.coarse), inputs(g.refinement)
+    branches = [inputs(branch) for branch in (g.refinement.hallucination, g.refinement.before_attention)]
     out = model.generate(batch, model.phases[0])
     image, mask, edge = batch["image"] * 2 - 1, batch["mask"], batch["edge"]
     sketch = [edge * mask] if guided else []

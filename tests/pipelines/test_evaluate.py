@@ -11,7 +11,9 @@ import torch
 from skimage.color import rgb2gray
 from skimage.data import astronaut
 from skimage.feature import canny
+from small import build_small
 
+from pipelines.completers import completer
 from pipelines.distances import DEFAULT_LAYERS, CropFeatures, pooled_features
 from pipelines.evaluate import (
     DistanceSpec,
@@ -368,3 +370,15 @@ def test_a_study_of_true_edges_sees_those_of_the_hole_and_is_marked(photos):
     assert np.array_equal(shown[16:48, 16:48, 0] > 0, truth[16:48, 16:48])
     assert found.protocol["true_edges"] == ["study"]
     assert "study paints over the true edges of the whole photograph" in table_text(found)
+
+
+def test_attention_is_drawn_where_a_model_has_it(photos):
+    model = build_small("deepfill_v2")
+    methods = {"deepfill_v2": completer(model, {"sigma": 2.0})}
+    found = evaluate(methods, photos[:1], EvaluationSpec(distance=None, samples=1), pool=Pool())
+    (grid,) = found.grids()
+    assert grid.columns == ("ground truth", "masked", "attention", "deepfill_v2")
+    (row,) = grid.rows
+    assert row[2].shape == (SIDE, SIDE, 3)
+    assert len(np.unique(row[2].reshape(-1, 3), axis=0)) > 1  # places look in different directions
+    assert grid.is_drawing(2)

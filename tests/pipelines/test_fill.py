@@ -322,6 +322,28 @@ def test_drawn_edges_count_inside_the_hole(files: dict[str, Path], tmp_path: Pat
         run(files, edges_path=tmp_path / "drawing.png")
 
 
+def test_blending_takes_the_seam_away_and_no_known_pixel(files: dict[str, Path]) -> None:
+    ramp = (
+        np.broadcast_to(np.linspace(40, 200, WIDTH)[None, :, None], (HEIGHT, WIDTH, 3))
+        .round()
+        .astype(np.uint8)
+    )
+    Image.fromarray(ramp).save(files["image"])
+    truth = torch.from_numpy(ramp.copy()).permute(2, 0, 1)[None] / 255
+
+    def darker(x: torch.Tensor) -> torch.Tensor:  # the truth, 30 levels too dark
+        return torch.where(x[:, 3:4] > 0.5, truth[..., : x.shape[2], : x.shape[3]] - 30 / 255, x[:, :3])
+
+    hole, errors = hole_mask(), []
+    for blend in (False, True):
+        run(files, loaded(darker, size=64), blend=blend)
+        done = np.asarray(Image.open(files["out"])).astype(int)
+        assert np.array_equal(done[~hole], ramp[~hole])
+        errors.append(np.abs(done - ramp)[hole].mean())
+    assert errors[0] > 25
+    assert errors[1] < 2
+
+
 def test_failures_leave_the_old_file(files: dict[str, Path]) -> None:
     run(files)
     before = files["out"].read_bytes()

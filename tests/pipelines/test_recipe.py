@@ -64,6 +64,15 @@ def test_a_wrong_field_is_named_in_one_line_with_the_mend(change: dict, words: l
         ),
         ({"evaluate": {"metric": "psnr_rgb_hol"}}, ["evaluate.metric", "psnr_rgb_hole"]),
         ({"masks": "centre"}, ["centre", "center"]),
+        ({"data": {"size": 64}}, ["data.size = 64", "models.context_encoder", "128"]),
+        (
+            {"data": {"size": 100}, "models": {"deepfill_v2": {}}},
+            ["data.size = 100", "models.deepfill_v2", "multiple of 8"],
+        ),
+        (
+            {"models": {"deepfill_v2": {"guided": True}}, "edges": {"source": "masked"}},
+            ["edges.source = masked", "models.deepfill_v2", "full"],
+        ),
         ({"masks": {"brush": {"max_widht": 3}}}, ["max_widht", "max_width"]),
     ],
 )
