@@ -314,7 +314,7 @@ class EdgeConnect(Model):
         self, term: str, layers: Mapping[str, tuple[str, ...]], fake: Tensor, real: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         stack = self.options.stack
-        phi, names = self.features().to(fake.device), stack.get(term) or layers[stack["name"]]
+        phi, names = self.features().to(real), stack.get(term) or layers[stack["name"]]
         with torch.no_grad():
             of_real = phi(real, names)
         return phi(fake, names), of_real

@@ -213,7 +213,7 @@ class PartialConv(Model):
 
     def _feature_losses(self, output: Tensor, composite: Tensor, truth: Tensor) -> Losses:
         """Images in [0,1], each of which goes through the stack once, for the perceptual and both style terms."""
-        o, phi = self.options, self.features().to(truth.device)
+        o, phi = self.options, self.features().to(truth)
         layers = o.stack.get("layers") or LAYERS[o.stack["name"]]
         with torch.no_grad():
             of_truth = phi(truth, layers)
