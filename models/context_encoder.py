@@ -88,12 +88,13 @@ def _up(c_in: int, c_out: int) -> list[nn.Module]:
 
 
 class Generator(nn.Sequential):
-    """[B,3,S,S] -> [B,3,S/2,S/2], both in [-1,1]; S = 128 has the paper's layers."""
+    """[B,3,S,S] -> [B,3,S/2,S/2], both in [-1,1]; S = 128 has the paper's layers. `whole`: with one up-convolution
+    more, [B,3,S,S]."""
 
-    def __init__(self, size: int, width: float, bottleneck: int) -> None:
+    def __init__(self, size: int, width: float, bottleneck: int, whole: bool = False) -> None:
         levels = size.bit_length() - 3  # stride-2 convolutions from S to 4
         down = _widths(levels, width)
-        up = _widths(levels - 1, width)[::-1]
+        up = _widths(levels if whole else levels - 1, width)[::-1]
         n = scaled(bottleneck, width)
         layers = _down(3, down[0], norm=False)  # S/2
         for c_in, c_out in pairwise(down):

@@ -20,6 +20,7 @@ SIZES = [(1, 33, 47), (2, 61, 91), (3, 64, 64), (1, 250, 190), (1, 20, 24)]
 # learning rate (None: the paper's) and steps of each phase in which eight photographs are learned by heart
 LEARNS: dict[str, tuple[float | None, dict[str, int]]] = {
     "context_encoder": (2e-3, {"train": 100}),
+    "context_encoder_region": (1e-3, {"train": 150}),
     "edge_connect": (2e-3, {"edge": 20, "inpaint": 100}),
     "glcic": (2e-3, {"completion": 150, "discriminator": 5, "joint": 60}),
     "partial_conv": (2e-3, {"train": 100, "finetune": 20}),

@@ -1,0 +1,269 @@
+"""Context Encoders: Feature Learning by Inpainting. Pathak, Krahenbuhl, Donahue, Darrell, Efros. CVPR 2016: the
+networks for holes of any shape and place, random blocks and random regions.
+
+`architecture` paper is the one of section 3, AlexNet's convolutions, a channel-wise fully connected layer and five
+up-convolutions; released is the published code's, the centre network with one up-convolution more. Images are in
+[-1,1] inside, and the network gives all of the window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.base import Batch, Completion, Losses, Model, Phase, hole_mean
+from models.context_encoder import FILLS, Discriminator
+from models.context_encoder import Generator as CenterGenerator
+from models.layers import ChannelwiseLinear, scaled
+from models.losses import gan_fake, gan_generator, gan_real
+from models.window import resampler
+
+LEAST_MAP = 6  # pixels: the side of the map that the channel-wise layer sees, at the paper's 227
+
+
+@dataclass(frozen=True)
+class ContextEncoderRegionOptions:
+    architecture: str = "paper"
+    """paper: AlexNet's encoder and the channel-wise fully connected layer; released: the code's, with a bottleneck."""
+    size: int = 227
+    """The training window in pixels, at least 32; a power of two when released (the code's is 128)."""
+    width: float = 1.0
+    """Scales every channel count, the bottleneck too; 1 is the paper's."""
+    groups: int = 2
+    """Of AlexNet's second, fourth and fifth convolution (the paper's network is Caffe's): 2 or 1."""
+    bottleneck: int = 4000
+    """Of the released architecture."""
+    fill: str = "paper"
+    """Colour of the hole: the ImageNet mean, or "released": the same in the code's channel order."""
+    lambda_rec: float = 0.999
+    lambda_adv: float = 0.0
+    """0: reconstruction only, no discriminator is trained: with AlexNet the adversarial loss diverged, says the paper.
+    The released architecture's is 0.001."""
+    lr_generator: float = 2e-3
+    lr_discriminator: float = 2e-4
+
+    def __post_init__(self) -> None:
+        name = "context_encoder_region"
+        if self.architecture not in ("paper", "released"):
+            raise ValueError(f"{name} architecture {self.architecture!r} is neither paper nor released")
+        if self.size < 32 or (self.architecture == "released" and self.size & (self.size - 1)):
+            raise ValueError(f"{name} size {self.size}: at least 32, and a power of two when released")
+        if self.fill not in FILLS:
+            raise ValueError(f"{name} fill {self.fill!r} is neither of {', '.join(FILLS)}")
+        if self.width <= 0 or self.bottleneck < 1:
+            raise ValueError(f"{name} width and bottleneck must be positive")
+        if self.groups not in (1, 2):
+            raise ValueError(f"{name} groups {self.groups} is neither 1 nor 2")
+        if self.lambda_rec < 0 or self.lambda_adv < 0:
+            raise ValueError(f"{name} lambda_rec and lambda_adv must not be negative")
+
+
+# -- the paper's network -----------------------------------------------------------------------------------------
+
+
+class AlexNet(nn.Sequential):
+    """conv1 to pool5 (Krizhevsky et al. 2012): [B,3,227,227] -> [B,256,6,6]; convolutions with ReLU, no normalisation.
+
+    The three max-pools halve the map. At smaller windows the last of them are left out, so that the map keeps the
+    paper's 6 pixels a side: `pools` says how many there are, `side` how large the map is.
+    """
+
+    def __init__(self, size: int, width: float, groups: int) -> None:
+        # even, so that two groups share them
+        c1, c2, c3, c4, c5 = (2 * scaled(c // 2, width) for c in (96, 256, 384, 384, 256))
+        g = groups
+        side, pools = (size - 11) // 4 + 1, 0  # 55
+        while pools < 3 and (side - 3) // 2 + 1 >= LEAST_MAP:
+            side, pools = (side - 3) // 2 + 1, pools + 1  # 27, 13, 6
+
+        def pool(number: int) -> list[nn.Module]:
+            return [nn.MaxPool2d(3, 2)] if number <= pools else []
+
+        def conv(c_in: int, c_out: int, kernel: int, groups: int = 1) -> list[nn.Module]:
+            return [nn.Conv2d(c_in, c_out, kernel, 1, kernel // 2, groups=groups), nn.ReLU(inplace=True)]
+
+        super().__init__(
+            *[nn.Conv2d(3, c1, 11, 4), nn.ReLU(inplace=True), *pool(1)],
+            *[*conv(c1, c2, 5, g), *pool(2)],
+            *[*conv(c2, c3, 3), *conv(c3, c4, 3, g), *conv(c4, c5, 3, g), *pool(3)],
+        )
+        self.side, self.pools, self.channels = side, pools, c5
+
+
+class UpConvolutions(nn.Sequential):
+    """Five up-convolutions, n -> 2n - 1 pixels each: [B,256,6,6] -> [B,3,161,161] in [-1,1].
+
+    As many of the first are left out as pools of the encoder. ReLU between them; the paper records nothing behind the
+    last, which is bounded here as in the released code.
+    """
+
+    def __init__(self, c_in: int, width: float, count: int) -> None:
+        channels = [c_in, *(scaled(c, width) for c in (128, 64, 64, 32)[5 - count :]), 3]
+        layers: list[nn.Module] = []
+        for a, b in pairwise(channels):
+            layers += [nn.ConvTranspose2d(a, b, 5, 2, 2), nn.ReLU(inplace=True)]
+        super().__init__(*layers[:-1], nn.Tanh())
+
+
+class RegionGenerator(nn.Module):
+    """[B,3,S,S] -> [B,3,S,S], both in [-1,1]: AlexNet, channel-wise fully connected layer, 1x1 convolution over the
+    channels, up-convolutions, and a resize to the window."""
+
+    def __init__(self, size: int, width: float, groups: int) -> None:
+        super().__init__()
+        self.size = size
+        self.encoder = AlexNet(size, width, groups)
+        c = self.encoder.channels
+        self.channelwise = ChannelwiseLinear(c, self.encoder.side)
+        self.mix = nn.Conv2d(c, c, 1)
+        self.decoder = UpConvolutions(c, width, self.encoder.pools + 2)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """The paper records none: He et al. 2015, which keeps the variance through layers with ReLU."""
+        for layer in self.modules():
+            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+                assert layer.bias is not None
+                nn.init.zeros_(layer.bias)
+        nn.init.normal_(self.channelwise.weight, 0.0, 1 / self.encoder.side)
+
+    def forward(self, x: Tensor) -> Tensor:
+        code = F.relu(self.channelwise(self.encoder(x)))
+        image = self.decoder(F.relu(self.mix(code)))
+        return F.interpolate(image, (self.size, self.size), mode="bilinear", align_corners=False)
+
+
+class RegionDiscriminator(nn.Module):
+    """[B,3,S,S] in [-1,1] -> logits [B,1,1,1]: the centre's discriminator with a layer more, for the whole window.
+
+    It wants a power of two; other windows (227) are resized to the one below (128).
+    """
+
+    def __init__(self, size: int, width: float) -> None:
+        super().__init__()
+        self.size = 1 << (size.bit_length() - 1)
+        self.judge = Discriminator(2 * self.size, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] != self.size:
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", align_corners=False)
+        return self.judge(x)
+
+
+# -- the model ---------------------------------------------------------------------------------------------------
+
+
+class ContextEncoderRegion(Model):
+    """Trains on the batch's own masks, `size` x `size` px. The released architecture has batch norm, whose statistics
+    are each rank's own on CPUs; the paper's has none."""
+
+    name: ClassVar[str] = "context_encoder_region"
+    Options: ClassVar[type] = ContextEncoderRegionOptions
+    options: ContextEncoderRegionOptions
+    mean: Tensor
+
+    def __init__(self, options: ContextEncoderRegionOptions) -> None:
+        super().__init__(options)
+        o = options
+        paper = o.architecture == "paper"
+        generator = (
+            RegionGenerator(o.size, o.width, o.groups)
+            if paper
+            else CenterGenerator(o.size, o.width, o.bottleneck, whole=True)
+        )
+        self.networks = nn.ModuleDict(
+            {"generator": generator, "discriminator": RegionDiscriminator(o.size, o.width)}
+        )
+        rates = {"generator": o.lr_generator, "discriminator": o.lr_discriminator}
+        trained = ("generator", "discriminator") if o.lambda_adv > 0 else ("generator",)
+        self.phases = (
+            Phase(
+                "train",
+                steps=116_000,  # as the centre network: the paper gives none
+                generators=("generator",),
+                discriminators=trained[1:],
+                lr={name: rates[name] for name in trained},
+                betas=(0.5, 0.999),
+            ),
+        )
+        mean = torch.tensor(FILLS[o.fill]).view(1, 3, 1, 1) / 127.5 - 1
+        self.register_buffer("mean", mean, persistent=False)
+
+    def generate(self, batch: Batch, phase: Phase) -> dict[str, Tensor]:
+        """`output` is the network's, `image` the completed window: both [B,3,S,S] in [-1,1]."""
+        image, hole, s = batch["image"] * 2 - 1, batch["mask"] > 0.5, self.options.size
+        if image.shape[2:] != (s, s):
+            raise ValueError(
+                f"context_encoder_region of size {s} trains on {s}x{s} px, not {tuple(image.shape[2:])}"
+            )
+        if self.options.architecture == "released" and len(image) < 2 and self.networks["generator"].training:
+            raise ValueError(
+                "context_encoder_region needs a batch of at least 2 on each rank (batch norm of a 1x1 map)"
+            )
+        output = self.networks["generator"](torch.where(hole, self.mean.to(image), image))
+        return {"output": output, "image": torch.where(hole, output, image)}
+
+    def discriminator_losses(self, batch: Batch, out: dict[str, Tensor], phase: Phase) -> Losses:
+        if not phase.discriminators:
+            return {}
+        d = self.networks["discriminator"]
+        return {"discriminator": gan_real(d(batch["image"] * 2 - 1)) + gan_fake(d(out["image"].detach()))}
+
+    def generator_losses(self, batch: Batch, out: dict[str, Tensor], phase: Phase) -> Losses:
+        """rec: the squared error of the hole's pixels, normalised by how many there are (equation 1)."""
+        truth, mask = batch["image"] * 2 - 1, batch["mask"]
+        least = 1 / (
+            mask.shape[2] * mask.shape[3]
+        )  # a batch without a hole counts as one with a single pixel
+        error = (mask * (out["output"] - truth) ** 2).mean()
+        losses = {"rec": error / hole_mean(batch).clamp_min(least)}
+        if phase.discriminators:
+            losses["adv"] = gan_generator(self.networks["discriminator"](out["image"]))
+        return losses
+
+    def weights(self, phase: Phase) -> dict[str, float]:
+        rec = {"rec": self.options.lambda_rec}
+        return {**rec, "adv": self.options.lambda_adv, "discriminator": 1.0} if phase.discriminators else rec
+
+    def _completion(self) -> Completion:
+        return RegionCompletion(self.networks["generator"], self.options.size, self.mean)
+
+
+class RegionCompletion(Completion):
+    """The photograph, whatever its form, is resized to the window and the output back; at the window's own size no pixel
+    is touched by it."""
+
+    mean: Tensor
+
+    def __init__(self, generator: nn.Module, size: int, mean: Tensor) -> None:
+        super().__init__()
+        self.generator, self.size = generator, size
+        self.register_buffer("mean", mean.clone(), persistent=False)
+
+    def fill(self, image: Tensor, hole: Tensor, edge: Tensor) -> Tensor:
+        s = self.size
+        known = 1 - hole.to(image.dtype)
+        rows, columns = (self._resize(image, dim, s) for dim in (2, 3))
+        share = rows @ known @ columns.transpose(2, 3)  # of each pixel of the window that is known
+        seen = (rows @ image @ columns.transpose(2, 3)) / share.clamp_min(1e-6)
+        seen = torch.where(share < 0.5, self.mean.to(image), seen * 2 - 1)
+        output = self.generator(seen)
+        back = [self._resize(image, dim, s, back=True) for dim in (2, 3)]
+        return (back[0] @ output @ back[1].transpose(2, 3) + 1) / 2
+
+    def _resize(self, image: Tensor, dim: int, size: int, back: bool = False) -> Tensor:
+        """The matrix [1,1,to,from] that resizes a side of the photograph to the window, or back."""
+        side = image.shape[dim]
+        one = torch.ones(1, dtype=image.dtype, device=image.device)
+        step = one * size / side if back else one * side / size
+        return (
+            resampler(one * 0, step, side, size)[:, None]
+            if back
+            else resampler(one * 0, step, size, side)[:, None]
+        )

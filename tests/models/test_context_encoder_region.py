@@ -1,0 +1,166 @@
+"""The context encoder for regions: papers.md 0.4, 1.2, 1.3 and 1.6."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models import build_model
+from models.context_encoder import FILLS
+from models.context_encoder_region import AlexNet, ContextEncoderRegion, RegionDiscriminator, UpConvolutions
+
+
+def count(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def build(**options) -> ContextEncoderRegion:
+    model = build_model("context_encoder_region", **{"size": 64, "width": 0.1, **options})
+    assert isinstance(model, ContextEncoderRegion)
+    return model
+
+
+def region(size: int = 64) -> Tensor:
+    mask = torch.zeros(2, 1, size, size)
+    mask[0, :, 10:30, 8:40] = 1
+    mask[1, :, 40:50, 20:30] = 1
+    return mask
+
+
+def test_parameter_counts_are_the_papers() -> None:
+    with torch.device("meta"):
+        generator = build_model("context_encoder_region").networks["generator"]
+        ungrouped = AlexNet(227, 1.0, groups=1)
+        released = build_model("context_encoder_region", architecture="released", size=128)
+        centre = build_model("context_encoder")
+    assert count(generator.encoder) == 2_334_080
+    assert count(ungrouped) == 3_747_200
+    assert count(generator.channelwise) == 331_776
+    assert count(generator.mix) == 65_792
+    assert count(generator.decoder) == 1_180_291
+    # one step more than the centre network: a 64 -> 64 convolution without bias, and its batch norm
+    step = 64 * 64 * 16 + 128
+    for name in ("generator", "discriminator"):
+        assert count(released.networks[name]) == count(centre.networks[name]) + step
+
+
+def test_maps_at_227_are_the_papers() -> None:
+    encoder = AlexNet(227, 0.1, 2)
+    sizes: list[int] = []
+    for layer in encoder:
+        if isinstance(layer, (nn.Conv2d, nn.MaxPool2d)):
+            layer.register_forward_hook(lambda _, __, y: sizes.append(y.shape[2]))
+    encoder(torch.rand(1, 3, 227, 227))
+    assert sizes == [55, 27, 27, 13, 13, 13, 13, 6]
+    decoder, sides = UpConvolutions(256, 0.1, 5), []
+    for layer in decoder:
+        if isinstance(layer, nn.ConvTranspose2d):
+            layer.register_forward_hook(lambda _, __, y: sides.append(y.shape[2]))
+    decoder(torch.rand(1, 256, 6, 6))
+    assert sides == [11, 21, 41, 81, 161]
+
+
+@pytest.mark.parametrize("size", [32, 64, 100, 128, 227, 256])
+def test_gives_the_whole_window_in_range_at_any_size(size) -> None:
+    model = build(size=size)
+    assert model.networks["generator"].encoder.side >= 6
+    out = model.networks["generator"](torch.randn(2, 3, size, size))
+    assert out.shape == (2, 3, size, size)
+    assert out.abs().max() <= 1
+    assert RegionDiscriminator(size, 0.05)(out).shape == (2, 1, 1, 1)
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_the_released_network_gives_the_whole_window(size) -> None:
+    out = build(size=size, architecture="released").networks["generator"](torch.randn(2, 3, size, size))
+    assert out.shape == (2, 3, size, size)
+    assert out.abs().max() <= 1
+
+
+@pytest.mark.parametrize("architecture", ["paper", "released"])
+def test_the_hole_never_influences_the_output(architecture) -> None:
+    model = build(architecture=architecture)
+    image = torch.rand(2, 3, 64, 64, requires_grad=True)
+    batch = {"image": image, "mask": region()}
+    model.generate(batch, model.phases[0])["output"].square().sum().backward()
+    assert image.grad is not None
+    hole = region().expand_as(image) > 0
+    assert image.grad[hole].abs().max() == 0
+    assert image.grad[~hole].abs().max() > 0
+
+
+@pytest.mark.parametrize("fill", ["paper", "released"])
+def test_the_hole_has_the_fill_colour(fill) -> None:
+    model, seen = build(fill=fill), []
+    model.networks["generator"].register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    image = torch.full((2, 3, 64, 64), torch.nan)
+    image = torch.where(region() > 0, image, torch.tensor(0.5))
+    model.generate({"image": image, "mask": region()}, model.phases[0])
+    pixels = ((seen[0] + 1) * 127.5).permute(0, 2, 3, 1)[region()[:, 0] > 0]
+    torch.testing.assert_close(pixels, torch.tensor(FILLS[fill]).expand_as(pixels))
+
+
+def test_l_rec_is_the_mean_square_of_the_hole_alone() -> None:
+    """Equation 1: constant in how large the hole is, and blind to what is not in it."""
+    model = build()
+    image, mask = torch.rand(2, 3, 64, 64), region()
+    truth = image * 2 - 1
+    output = truth + 0.5 * mask + 0.3 * (1 - mask)
+    out = {"output": output, "image": output}
+    for share in (mask, torch.ones_like(mask), mask * 0):
+        error = 0.5 * mask + 0.3 * (1 - mask)
+        expected = (error**2 * share).sum() / share.sum() if share.any() else torch.tensor(0.0)
+        found = model.generator_losses({"image": image, "mask": share}, out, model.phases[0])["rec"]
+        torch.testing.assert_close(found, expected)
+
+
+def test_without_lambda_adv_no_discriminator_is_trained_and_with_it_one_is(batch, training) -> None:
+    model = build(size=32)
+    assert model.phases[0].discriminators == ()
+    assert model.weights(model.phases[0]) == {"rec": 0.999}
+    for architecture in ("paper", "released"):
+        model = build(size=32, architecture=architecture, lambda_adv=0.001)
+        losses = training.Trainer(model, model.phases[0]).step(batch)
+        assert losses.keys() == {"discriminator", "rec", "adv"}
+        undecided = torch.zeros(4, 1, 1, 1)
+        assert float(F.softplus(undecided).mean()) == pytest.approx(math.log(2))
+
+
+def test_a_photograph_of_the_windows_size_goes_through_untouched() -> None:
+    model = build()
+    image, mask = torch.rand(2, 3, 64, 64), region()
+    done = model.complete(image, mask)
+    with torch.no_grad():
+        expected = model.generate({"image": image, "mask": mask}, model.phases[0])["image"]
+    torch.testing.assert_close(done, (expected + 1) / 2, atol=1e-6, rtol=0)
+
+
+def test_training_sizes_and_batches_that_cannot_be_are_named() -> None:
+    model, small = build(), {"image": torch.rand(2, 3, 32, 32), "mask": torch.zeros(2, 1, 32, 32)}
+    with pytest.raises(ValueError, match="trains on 64x64 px"):
+        model.generate(small, model.phases[0])
+    model, alone = build(architecture="released"), {"image": torch.rand(1, 3, 64, 64), "mask": region()[:1]}
+    with pytest.raises(ValueError, match="at least 2"):
+        model.generate(alone, model.phases[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"architecture": "vgg"},
+        {"size": 16},
+        {"size": 100, "architecture": "released"},
+        {"fill": "black"},
+        {"width": 0},
+        {"groups": 3},
+        {"bottleneck": 0},
+        {"lambda_adv": -1},
+    ],
+)
+def test_options_out_of_range_are_named(options) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        build_model("context_encoder_region", **options)
