@@ -6,17 +6,19 @@ import cv2
 import numpy as np
 
 _FLAGS = {"telea": cv2.INPAINT_TELEA, "navier_stokes": cv2.INPAINT_NS}
-METHODS = tuple(_FLAGS)
+METHODS = (*_FLAGS, "patchmatch")
 
 
 def inpaint(image: np.ndarray, mask: np.ndarray, method: str, radius: float = 3.0) -> np.ndarray:
     """Fill the hole of image uint8 [H,W,3], where mask [H,W] is not 0; -> uint8 [H,W,3], known pixels unchanged.
 
-    method: `telea` (Telea 2004, fast marching) or `navier_stokes` (Bertalmio et al. 2001); radius in pixels: how far
-    each looks. A hole that leaves nothing known, which either would turn into noise, comes back mid-grey.
-    ValueError: an unknown method, or arrays that do not go together.
+    method: `telea` (Telea 2004, fast marching), `navier_stokes` (Bertalmio et al. 2001) or `patchmatch` (Barnes et
+    al. 2009, with the coarse-to-fine completion of Wexler et al. 2007); radius in pixels: how far each looks, for
+    patchmatch, which rounds it, from the middle of a patch to its border. A hole that leaves nothing known, which
+    any would turn into noise, comes back mid-grey. All are deterministic, and may run in several threads.
+    ValueError: an unknown method, arrays that do not go together, or a hole that patchmatch cannot fill.
     """
-    if method not in _FLAGS:
+    if method not in METHODS:
         raise ValueError(f"unknown classical method {method!r}: there are {', '.join(METHODS)}")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or mask.shape != image.shape[:2]:
         raise ValueError(
@@ -26,11 +28,43 @@ def inpaint(image: np.ndarray, mask: np.ndarray, method: str, radius: float = 3.
     blanked = np.where(hole[..., None], np.uint8(128), image)
     if hole.all():
         return blanked
+    if method == "patchmatch":
+        filled = _patchmatch(blanked, hole, max(1, round(radius)))
+    else:
+        filled = _opencv(blanked, hole, _FLAGS[method], radius)
+    return np.where(hole[..., None], filled, image)
+
+
+def _opencv(image: np.ndarray, hole: np.ndarray, flag: int, radius: float) -> np.ndarray:
     # in 16 bits, which OpenCV does channel by channel: in 8 its Telea rounds every pixel on the way in and drifts,
     # 3 levels on a constant image
     channels = [
-        cv2.inpaint(channel, hole.astype(np.uint8), radius, _FLAGS[method])
-        for channel in cv2.split(blanked.astype(np.uint16) * 256)
+        cv2.inpaint(channel, hole.astype(np.uint8), radius, flag)
+        for channel in cv2.split(image.astype(np.uint16) * 256)
     ]
-    filled = np.clip((np.stack(channels, axis=2).astype(np.float32) / 256).round(), 0, 255).astype(np.uint8)
-    return np.where(hole[..., None], filled, image)
+    return np.clip((np.stack(channels, axis=2).astype(np.float32) / 256).round(), 0, 255).astype(np.uint8)
+
+
+def _patchmatch(image: np.ndarray, hole: np.ndarray, radius: int) -> np.ndarray:
+    if not _pyramid_reaches(hole, radius):
+        height, width = hole.shape
+        raise ValueError(
+            f"patchmatch cannot fill a hole of {hole.sum()} of {width}x{height} px with patches of radius {radius}: "
+            "its pyramid does not reach across"
+        )
+    from patchmatch import patch_match  # a C library: loaded for those who want it
+
+    patch_match.set_random_seed(0)  # every call draws anew from the seed, which other code may have changed
+    return patch_match.inpaint(image, hole, patch_size=radius)
+
+
+def _pyramid_reaches(hole: np.ndarray, radius: int) -> bool:
+    """Whether the coarsest level of PyPatchMatch's pyramid, from which it starts, has a colour everywhere.
+
+    Where it has none the library starts from black and seldom leaves it. A level is half the one below, each pixel
+    the mean of the known ones among 6x6; the last is the first with a side of at most `radius`.
+    """
+    known: np.ndarray = (~hole).astype(np.uint8)
+    while min(known.shape) > radius:
+        known = cv2.dilate(known, np.ones((6, 6), np.uint8), anchor=(2, 2))[:-1:2, :-1:2]
+    return bool(known.all())

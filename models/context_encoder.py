@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from models.base import Batch, Completion, Losses, Model, Phase
 from models.layers import init_normal_, scaled
-from models.losses import gan_fake, gan_generator, gan_real
+from models.losses import gan_fake, gan_generator, gan_real, masked_l2
 from models.window import Window, box, resampler
 
 FILLS = {"paper": (123.0, 117.0, 104.0), "released": (117.0, 104.0, 123.0)}
@@ -122,7 +122,8 @@ class Discriminator(nn.Sequential):
 
 class ContextEncoder(Model):
     """Trains on the centre of `size` x `size` crops (the batch's masks are not used); completes any hole whose
-    box is at most half as long as the photograph's shorter side."""
+    box is at most half as long as the photograph's shorter side. On CPUs batch norm has each rank's own statistics of
+    its part of the batch."""
 
     name: ClassVar[str] = "context_encoder"
     Options: ClassVar[type] = ContextEncoderOptions
@@ -185,7 +186,7 @@ class ContextEncoder(Model):
 
     def generator_losses(self, batch: Batch, out: dict[str, Tensor], phase: Phase) -> Losses:
         truth = self.centre(batch["image"]) * 2 - 1
-        losses = {"rec": (self.overlap_map().to(truth) * (out["centre"] - truth) ** 2).mean()}
+        losses = {"rec": masked_l2(out["centre"], truth, self.overlap_map().to(truth))}
         if phase.discriminators:
             losses["adv"] = gan_generator(self.networks["discriminator"](out["centre"]))
         return losses

@@ -20,7 +20,7 @@ from models.base import Batch, Completion, Losses, Model, Phase, hole_mean
 from models.context_encoder import FILLS, Discriminator
 from models.context_encoder import Generator as CenterGenerator
 from models.layers import ChannelwiseLinear, scaled
-from models.losses import gan_fake, gan_generator, gan_real
+from models.losses import gan_fake, gan_generator, gan_real, masked_l2
 from models.window import resampler
 
 LEAST_MAP = 6  # pixels: the side of the map that the channel-wise layer sees, at the paper's 227
@@ -218,11 +218,7 @@ class ContextEncoderRegion(Model):
     def generator_losses(self, batch: Batch, out: dict[str, Tensor], phase: Phase) -> Losses:
         """rec: the squared error of the hole's pixels, normalised by how many there are (equation 1)."""
         truth, mask = batch["image"] * 2 - 1, batch["mask"]
-        least = 1 / (
-            mask.shape[2] * mask.shape[3]
-        )  # a batch without a hole counts as one with a single pixel
-        error = (mask * (out["output"] - truth) ** 2).mean()
-        losses = {"rec": error / hole_mean(batch).clamp_min(least)}
+        losses = {"rec": masked_l2(out["output"], truth, mask, hole_mean(batch))}
         if phase.discriminators:
             losses["adv"] = gan_generator(self.networks["discriminator"](out["image"]))
         return losses

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.base import Batch, Completion, Losses, Model, Phase, hole_mean, uniform
 from models.layers import crop_to, pad_to_multiple, scaled
-from models.losses import gan_fake, gan_generator, gan_real
+from models.losses import gan_fake, gan_generator, gan_real, masked_l2
 from models.window import box
 
 PLACES = (0.4578, 0.4414, 0.4078)  # mean of Places365's training photographs at 256 px
@@ -233,10 +233,8 @@ class GLCIC(Model):
 
     def generator_losses(self, batch: Batch, out: dict[str, Tensor], phase: Phase) -> Losses:
         image, mask = batch["image"], batch["mask"]
-        rec = (mask * (out["image"] - image)).square().mean()
-        if self.options.reduction == "hole":
-            rec = rec / hole_mean(batch).clamp_min(1 / (image.shape[2] * image.shape[3]))
-        losses = {"rec": rec}
+        area = hole_mean(batch) if self.options.reduction == "hole" else None
+        losses = {"rec": masked_l2(out["image"], image, mask, area)}
         if "adv" in self.weights(phase):
             on_fake = self._fake(batch, out["image"])
             # -gan_fake is the mean of log(1 - D)

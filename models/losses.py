@@ -1,4 +1,15 @@
-"""Loss terms that several papers share. Every one is a mean, unweighted; the lambdas are applied outside."""
+"""Loss terms, each a mean and unweighted; a model's options hold the weights, under the papers' symbols:
+
+gan_real, gan_fake, gan_generator   L_adv: lambda_adv (context encoder, DeepFill), alpha (GLCIC), lambda_adv1 and
+                                    lambda_adv2 (EdgeConnect)
+wgan_critic, gradient_penalty       DeepFill v1's critics: 1 and lambda_gp
+masked_l2                           L_rec: lambda_rec (context encoder), GLCIC's L
+l1_over_hole, masked_l1             L_l1: lambda_l1 (EdgeConnect), L_valid and L_hole: lambda_valid, lambda_hole
+discount_map                        DeepFill v1's gamma^l, under lambda_l1
+feature_matching                    L_FM: lambda_FM
+perceptual, style                   L_perc: lambda_p, lambda_perceptual; L_style: lambda_s, lambda_style
+total_variation                     L_tv: lambda_tv
+"""
 
 from __future__ import annotations
 
@@ -67,6 +78,15 @@ def l1_over_hole(output: Tensor, truth: Tensor, mask_mean: Tensor) -> Tensor:
     `mask_mean` is a scalar; a batch without a hole counts as one with a single hole pixel.
     """
     return F.l1_loss(output, truth) / mask_mean.clamp_min(1 / (truth.shape[2] * truth.shape[3]))
+
+
+def masked_l2(output: Tensor, truth: Tensor, weight: Tensor, mask_mean: Tensor | None = None) -> Tensor:
+    """mean of weight * (output - truth)^2 over all pixels (Pathak et al. 2016, equation 1; Iizuka et al. 2017, equation 2).
+
+    weight [...,H,W]: the mask, or a map. `mask_mean`, a scalar: measured in hole areas, as in `l1_over_hole`.
+    """
+    loss = (weight * (output - truth) ** 2).mean()
+    return loss if mask_mean is None else loss / mask_mean.clamp_min(1 / (truth.shape[2] * truth.shape[3]))
 
 
 def masked_l1(output: Tensor, truth: Tensor, mask: Tensor) -> Tensor:
