@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import keyword
 import os
 import sys
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     from pipelines import commands
 
     try:
-        sys.exit(getattr(commands, args.command.replace("-", "_"))(args))
+        name = args.command.replace("-", "_")
+        sys.exit(getattr(commands, f"{name}_" if keyword.iskeyword(name) else name)(args))
     except KeyboardInterrupt:
         print("\ninterrupted; the same command continues where it was", file=sys.stderr)
         sys.exit(130)
@@ -158,6 +160,38 @@ def parser() -> argparse.ArgumentParser:
         "--max-side", metavar="PIXELS", type=int, default=512, help="longest side of a window (%(default)s)"
     )
     fill.add_argument("--tracking", help="MLflow's address")
+
+    bring = add(
+        "import",
+        "register the checkpoint of a public implementation",
+        "import edge_connect EdgeModel_gen.pth InpaintingModel_gen.pth --name edge_connect_places2",
+    )
+    bring.add_argument(
+        "layout",
+        metavar="NAME",
+        help="the model: context_encoder, deepfill_v1, deepfill_v2, edge_connect, glcic or partial_conv",
+    )
+    bring.add_argument(
+        "files",
+        metavar="FILE",
+        nargs="+",
+        help="state dicts as torch.save or safetensors writes them, or folders that hold them",
+    )
+    bring.add_argument("--name", dest="register_as", help="in the registry (default: the model's)")
+    bring.add_argument(
+        "--sigma", type=float, default=2.0, help="Canny's, in pixels, of models that take edges (%(default)s)"
+    )
+    bring.add_argument(
+        "--size", type=int, help="side of its training photographs in pixels (default: the implementation's)"
+    )
+    bring.add_argument(
+        "--set",
+        metavar="OPTION=VALUE",
+        action="append",
+        default=[],
+        help="an option of the model that the file does not tell; repeatable",
+    )
+    bring.add_argument("--tracking", help="MLflow's address")
 
     models = add("models", "look models up in the registry, promote them, take them back", "models list")
     actions = models.add_subparsers(dest="action", metavar="ACTION", required=True)

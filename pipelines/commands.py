@@ -121,6 +121,25 @@ def fill(args: argparse.Namespace) -> int:
     return 0
 
 
+def import_(args: argparse.Namespace) -> int:
+    from pipelines.importing import import_checkpoint, parse_settings, register_import
+    from pipelines.tracking import shown, tracking_for
+
+    imported = import_checkpoint(args.layout, args.files, parse_settings(args.set), args.size)
+    name = args.register_as or args.layout
+    where = tracking_for(args.tracking, "inpaint", "runs")
+    version = register_import(imported, where, name, args.sigma)
+    values = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in imported.options.items()}
+    layout, options = imported.layout, ", ".join(f"{key} {value}" for key, value in values.items())
+    files = ", ".join(file for file, _ in imported.files)
+    print(f"{name} version {version}, candidate: {files} of {layout.source} ({options})")
+    for note in (*layout.notes, f"that repository's licence: {layout.licence}"):
+        print(f"  note: {note}")
+    tracking = f" --tracking {shown(args.tracking)}" if args.tracking else ""
+    print(f"next: inpaint fill models:/{name}/{version} photo.jpg mask.png --out filled.png{tracking}")
+    return 0
+
+
 def models(args: argparse.Namespace) -> int:
     from pipelines import registry
 

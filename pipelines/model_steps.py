@@ -149,10 +149,9 @@ def register(ctx: StepContext, client: MlflowClient | None, run: str) -> Value:
     for grid in scores.grids():
         tracking.log_picture(client, run, f"samples/{grid.title}.png", encode_png(sample_grid(grid)))
     ctx.progress(1, 2, "comparing with the champion")
-    better, reason = _beats(ctx, name, champion, version, scores.score(label, metric), metric)
-    crowned = registry.crown(
-        name, version, better, reason, score=scores.score(label, metric), tracking_uri=uri
-    )
+    here = scores.score(label, metric)
+    better, reason = _beats(ctx, name, champion, version, here, metric, model.true_edges)
+    crowned = registry.crown(name, version, better, reason, score=here, tracking_uri=uri)
     tracking.log_tags(
         client, run, {"inpaint.version": version, "inpaint.champion": crowned, "inpaint.reason": reason}
     )
@@ -160,11 +159,18 @@ def register(ctx: StepContext, client: MlflowClient | None, run: str) -> Value:
 
 
 def _beats(
-    ctx: StepContext, name: str, champion: str | None, version: str, score_here: float, metric: str
+    ctx: StepContext,
+    name: str,
+    champion: str | None,
+    version: str,
+    score_here: float,
+    metric: str,
+    true_edges: bool,
 ) -> tuple[bool, str]:
     """Whether the new version beats the champion, scored again on this run's photographs and masks.
 
     A champion that cannot be scored keeps its place: it may only be out of reach, and a person can promote by hand.
+    What paints over true edges does not compete with what completes.
     """
     if champion is None:
         return True, f"first version; {metric} {score_here:.3f}"
@@ -176,6 +182,11 @@ def _beats(
     )
     try:
         old = registry.load_model(f"models:/{name}/{champion}", tracking_uri=ctx.local["tracking"]["uri"])
+        if bool(old.metadata.get("true_edges")) != true_edges:
+            return (
+                False,
+                f"of this and version {champion} one paints over true edges: give studies a name, register_as",
+            )
         theirs = score({"champion": LoadedCompleter(old)}, photos, spec).score("champion", metric)
     except ValueError as error:
         return False, f"the champion, version {champion}, cannot be scored here, so nothing is known: {error}"
