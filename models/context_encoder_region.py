@@ -41,9 +41,9 @@ class ContextEncoderRegionOptions:
     fill: str = "paper"
     """Colour of the hole: the ImageNet mean, or "released": the same in the code's channel order."""
     lambda_rec: float = 0.999
-    lambda_adv: float = 0.0
-    """0: reconstruction only, no discriminator is trained: with AlexNet the adversarial loss diverged, says the paper.
-    The released architecture's is 0.001."""
+    lambda_adv: float | None = None
+    """None: 0.001 when released, and 0 with AlexNet, where the paper's adversarial loss diverged. 0: reconstruction
+    only, no discriminator is trained."""
     lr_generator: float = 2e-3
     lr_discriminator: float = 2e-4
 
@@ -59,8 +59,15 @@ class ContextEncoderRegionOptions:
             raise ValueError(f"{name} width and bottleneck must be positive")
         if self.groups not in (1, 2):
             raise ValueError(f"{name} groups {self.groups} is neither 1 nor 2")
-        if self.lambda_rec < 0 or self.lambda_adv < 0:
+        if self.lambda_rec < 0 or self.adversarial < 0:
             raise ValueError(f"{name} lambda_rec and lambda_adv must not be negative")
+
+    @property
+    def adversarial(self) -> float:
+        """lambda_adv, or the architecture's."""
+        if self.lambda_adv is None:
+            return 0.001 if self.architecture == "released" else 0.0
+        return self.lambda_adv
 
 
 # -- the paper's network -----------------------------------------------------------------------------------------
@@ -181,7 +188,7 @@ class ContextEncoderRegion(Model):
             {"generator": generator, "discriminator": RegionDiscriminator(o.size, o.width)}
         )
         rates = {"generator": o.lr_generator, "discriminator": o.lr_discriminator}
-        trained = ("generator", "discriminator") if o.lambda_adv > 0 else ("generator",)
+        trained = ("generator", "discriminator") if o.adversarial > 0 else ("generator",)
         self.phases = (
             Phase(
                 "train",
@@ -225,7 +232,7 @@ class ContextEncoderRegion(Model):
 
     def weights(self, phase: Phase) -> dict[str, float]:
         rec = {"rec": self.options.lambda_rec}
-        return {**rec, "adv": self.options.lambda_adv, "discriminator": 1.0} if phase.discriminators else rec
+        return {**rec, "adv": self.options.adversarial, "discriminator": 1.0} if phase.discriminators else rec
 
     def _completion(self) -> Completion:
         return RegionCompletion(self.networks["generator"], self.options.size, self.mean)

@@ -81,7 +81,7 @@ class Baseline:
 
 def baselines() -> dict[str, Completer]:
     """The methods that every table holds."""
-    return {method: Baseline(method) for method in ("telea", "navier_stokes", "mean_colour")}
+    return {method: Baseline(method) for method in (*classical.METHODS, "mean_colour")}
 
 
 def evaluate(
@@ -193,7 +193,7 @@ def _protocol(
     for name, image in photos:
         digest.update(f"{name}\0{image.shape}\0".encode() + image.tobytes())
     holes = hashlib.sha256(b"".join(m.tobytes() for drawn in masks.values() for m in drawn))
-    packages = ("numpy", "scikit-image", "opencv-python", "torch")
+    packages = ("numpy", "scikit-image", "opencv-python", "pypatchmatch", "torch")
     return {
         "photographs": len(photos),
         "sizes": sizes,

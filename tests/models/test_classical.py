@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import numpy as np
 import pytest
+import skimage.data
 
 from models.classical import METHODS, inpaint
 
-pytestmark = pytest.mark.parametrize("method", METHODS)
+every_method = pytest.mark.parametrize("method", METHODS)
 
 
 def hole(height: int = 40, width: int = 56) -> np.ndarray:
@@ -16,20 +24,31 @@ def hole(height: int = 40, width: int = 56) -> np.ndarray:
     return mask
 
 
+def photograph() -> np.ndarray:
+    return skimage.data.chelsea()[30:286:4, 100:356:4].copy()
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@every_method
 def test_a_constant_stays_constant(method) -> None:
     image = np.full((40, 56, 3), (10, 130, 250), np.uint8)
     assert np.abs(inpaint(image, hole(), method).astype(int) - image).max() <= 1
 
 
+@pytest.mark.parametrize("method", ["telea", "navier_stokes"])  # patchmatch copies what there is
 def test_a_linear_ramp_is_continued(method) -> None:
     image = np.repeat(np.linspace(100, 155, 56)[None, :, None], 40, 0).repeat(3, 2).astype(np.uint8)
     error = np.abs(inpaint(image, hole(), method).astype(int) - image)[hole() > 0]
     assert error.mean() <= 2  # the ramp rises 16 levels across the hole
 
 
+@every_method
 @pytest.mark.parametrize("place", [(12, 20), (0, 0), (30, 46)])
 def test_known_pixels_stay_and_the_hole_is_not_read(method, place) -> None:
-    image = np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    image = noise(40, 56)
     mask = np.zeros((40, 56), np.uint8)
     mask[place[0] : place[0] + 10, place[1] : place[1] + 10] = 255
     done = inpaint(image, mask, method)
@@ -40,15 +59,105 @@ def test_known_pixels_stay_and_the_hole_is_not_read(method, place) -> None:
     assert (inpaint(other, mask, method) == done).all()
 
 
+@every_method
 def test_nothing_missing_and_nothing_known(method) -> None:
-    image = np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+    image = noise(20, 20)
     assert (inpaint(image, np.zeros((20, 20), np.uint8), method) == image).all()
     assert (inpaint(image, np.ones((20, 20), np.uint8), method) == 128).all()
 
 
+@every_method
 def test_wrong_arguments_are_named(method) -> None:
     image = np.zeros((20, 20, 3), np.uint8)
-    with pytest.raises(ValueError, match="there are telea, navier_stokes"):
+    with pytest.raises(ValueError, match="there are telea, navier_stokes, patchmatch"):
         inpaint(image, image[..., 0], method + "2")
     with pytest.raises(ValueError, match=r"mask \[H,W\]"):
         inpaint(image, image, method)
+
+
+def test_patchmatch_continues_a_periodic_texture_and_telea_does_not() -> None:
+    y, x = np.mgrid[:96, :96]
+    wave = 128 + 60 * np.sin(2 * np.pi * x / 16) + 60 * np.sin(2 * np.pi * y / 12)
+    image = np.stack([wave, 255 - wave, wave / 2], 2).round().astype(np.uint8)
+    mask = np.zeros((96, 96), np.uint8)
+    mask[32:64, 32:64] = 1
+    telea, patchmatch = (
+        np.square(inpaint(image, mask, method).astype(float) - image)[mask > 0].mean()
+        for method in ("telea", "patchmatch")
+    )
+    assert patchmatch < telea / 10
+
+
+def test_patchmatch_is_the_same_every_time_in_threads_and_processes(capfd, tmp_path) -> None:
+    image = photograph()
+    masks = np.stack(
+        [np.roll(np.pad(np.ones((16, 16), np.uint8), ((8, 40), (8, 40))), 6 * n) for n in range(4)]
+    )
+    first = np.stack([inpaint(image, mask, "patchmatch") for mask in masks])
+    with ThreadPoolExecutor(4) as pool:
+        assert np.array_equal(first, [*pool.map(lambda mask: inpaint(image, mask, "patchmatch"), masks)])
+    assert capfd.readouterr() == ("", "")
+    np.savez(tmp_path / "asked.npz", image=image, masks=masks)
+    another_process(
+        """
+        from patchmatch import patch_match
+        asked = np.load("asked.npz")
+        patch_match.set_random_seed(99)  # somebody else's seed
+        theirs = patch_match.inpaint(asked["image"], asked["masks"][0], patch_size=3)
+        done = [inpaint(asked["image"], mask, "patchmatch") for mask in asked["masks"]]
+        assert (theirs != done[0]).any()
+        np.save("done.npy", np.stack(done))
+        """,
+        tmp_path,
+    )
+    assert np.array_equal(np.load(tmp_path / "done.npy"), first)
+
+
+def test_patchmatch_fills_or_refuses_photographs_and_holes_of_every_size(tmp_path) -> None:
+    """In a process of its own, which a fault in the C library would end. A constant is the oracle."""
+    said = another_process(
+        """
+        filled = refused = 0
+        rng = np.random.default_rng(0)
+        sizes = [(1, 1), (1, 9), (9, 1), (2, 2), (3, 3), (4, 7), (7, 8), (8, 8), (8, 40), (9, 13), (33, 47)]
+        for (h, w), radius in itertools.product(sizes, (0.4, 1, 2, 3, 7)):
+            pixel, corner, edge, ring, half, rest, most = holes = np.zeros((7, h, w), bool)
+            pixel[h // 2, w // 2] = corner[0, 0] = edge[: h // 3] = half[:, : w // 2] = True
+            ring[[0, -1]] = ring[:, [0, -1]] = True
+            rest[:] = True
+            rest[-1, -1] = False
+            most[:] = rng.random((h, w)) < 0.7
+            image = np.full((h, w, 3), (10, 130, 250), np.uint8)
+            for hole in holes:
+                if hole.all():
+                    continue
+                try:
+                    done = inpaint(image, hole, "patchmatch", radius)
+                except ValueError as error:
+                    assert "patchmatch cannot fill a hole of" in str(error)
+                    refused += 1
+                    assert min(h, w) < 9 or hole.mean() > 0.9 or radius == 7
+                else:
+                    assert np.abs(done.astype(int) - image).max() <= 1, (h, w, radius, hole)
+                    filled += 1
+        print(filled, refused)
+        """,
+        tmp_path,
+    )
+    filled, refused = map(int, said.split())
+    assert filled > refused > 0
+
+
+def another_process(program: str, folder: Path) -> str:
+    root = Path(__file__).parents[2]
+    head = "import itertools, numpy as np\nfrom models.classical import inpaint\n"
+    run = subprocess.run(
+        [sys.executable, "-c", head + textwrap.dedent(program)],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout

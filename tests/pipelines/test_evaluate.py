@@ -327,7 +327,8 @@ def test_tables_fit_a_terminal_and_mark_the_best(evaluation):
     best = {
         heading: [m for m, cells in table.lines if cells[i].best] for i, heading in enumerate(table.headings)
     }
-    assert best["PSNR hole"] == best["l1 %"] == best["FD"] == ["exact"]
+    assert best["PSNR hole"] == best["l1 %"] == ["exact"]
+    assert "exact" in best["FD"]  # others may print as low
     assert best["TV %"] == []  # less variation is no virtue by itself
     lines = table_markdown(evaluation).splitlines()
     assert "**exact**" in next(line for line in lines if line.startswith("| exact"))

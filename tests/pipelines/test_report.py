@@ -70,7 +70,7 @@ def test_the_page_is_whole_and_self_contained(data, tmp_path):
     parser.feed(page)
     assert parser.open == []
     assert all(link.startswith("data:image/png;base64,") for link in parser.links)
-    assert len(parser.links) == 2 * 2 * (2 + 3) + 1
+    assert len(parser.links) == 2 * 2 * (2 + len(baselines())) + 1
     assert not {"script", "link", "iframe"} & parser.tags
     assert "http" not in re.sub(r"data:image/png;base64,[^\"]+", "", page)
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]  # nothing half-written stays

@@ -1,0 +1,187 @@
+"""A model's completion as one ONNX file, checked against the model before it is there.
+
+The file takes one float32 tensor x [B,5,H,W] (RGB in [0,1]; mask, 1 = hole; edge) and gives y [B,3,H,W]; it needs an
+ONNX runtime, and nothing of this project, torch or Python.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import logging
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.base import Completion, Model
+
+OPSET = 18  # the first with Col2Im, by which contextual attention pastes its patches
+TOLERANCE = 1e-5  # of the file's output against the eager completion's
+EXAMPLE = (2, 61, 91)  # a batch and a size from which torch.export concludes nothing
+CHECKED = ((1, 33, 47), (3, 64, 64), (2, 90, 130), (1, 20, 24), (1, 270, 140))
+
+
+def export_onnx(
+    model: Model, path: Path, size: int | None = None, metadata: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write the completion to `path`, for any batch and any size, or for `size` x `size` pixels and any batch.
+
+    The file's metadata_props are `model`, `options` (JSON), `needs_edges`, `takes_edges`, and what `metadata` says
+    (sigma, size ...), as it is when it is a string, else as JSON.
+    Keys of what is returned: path, opset, size, bytes, checked ([B,H,W] each) and difference: the largest from the
+    eager completion on these. It is at most 1e-5, or ten times float32's own error there (of the eager completion
+    against itself in float64) where that is larger: contextual attention at large sizes is that sensitive.
+    ValueError in one line, and no file is written: what cannot be exported (naming the operator), run or kept, or
+    differs. RuntimeError: the packages of the extra `onnx` are not installed.
+    """
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError(
+            f"ONNX needs packages that are not installed ({error.name}): pip install 'inpaint-pipelines[onnx]'"
+        ) from None
+    if size is not None and size < 1:
+        raise ValueError(f"an ONNX file for {size}x{size} px: size is at least 1")
+    properties = _properties(model, metadata or {})
+    completion = model.completion().cpu().float()
+    program = _program(completion, model.name, size)
+    program.model.metadata_props.update(properties)
+    checked = CHECKED if size is None else tuple((b, size, size) for b in (1, 2, 3))
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".onnx-", dir=path.parent) as folder:
+        unchecked = Path(folder, path.name)
+        program.save(unchecked, external_data=False)
+        try:
+            onnx.checker.check_model(unchecked, full_check=True)
+            session = onnxruntime.InferenceSession(
+                unchecked, _single_threaded(onnxruntime.SessionOptions()), providers=["CPUExecutionProvider"]
+            )
+            differences = [_difference(session, completion, _request(*shape)) for shape in checked]
+        except Exception as error:  # onnxruntime's have no base of their own
+            raise ValueError(f"{model.name} as an ONNX file is no good: {_line(error)}") from error
+        os.replace(unchecked, path)
+    return {
+        "path": str(path),
+        "opset": OPSET,
+        "size": size,
+        "bytes": path.stat().st_size,
+        "checked": [list(shape) for shape in checked],
+        "difference": max(differences),
+    }
+
+
+def _properties(model: Model, metadata: Mapping[str, Any]) -> dict[str, str]:
+    own = {
+        "model": model.name,
+        "options": dataclasses.asdict(model.options),
+        "needs_edges": bool(model.needs_edges),
+        "takes_edges": bool(model.takes_edges),
+    }
+    properties = {}
+    for key, value in {**metadata, **own}.items():
+        try:
+            properties[key] = value if isinstance(value, str) else json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"metadata.{key} cannot be kept as JSON: {error}") from None
+    return properties
+
+
+def _program(completion: Completion, name: str, size: int | None) -> Any:
+    """torch.onnx.ONNXProgram. ValueError, naming the operator: there is none for it in ONNX."""
+    free = {0: "batch"} if size else {0: "batch", 2: "height", 3: "width"}
+    example = _request(*EXAMPLE) if size is None else _request(EXAMPLE[0], size, size)
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                completion,
+                (example,),
+                input_names=["x"],
+                output_names=["y"],
+                dynamo=True,
+                dynamic_shapes=(free,),
+                opset_version=OPSET,
+                external_data=False,
+                verbose=False,
+            )
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__:
+            cause = cause.__cause__
+        operator = re.search(r"OpOverload\(op='([\w.]+)'", str(cause))
+        reason = f"ONNX has no operator for {operator[1]}" if operator else _line(cause)
+        raise ValueError(f"{name} cannot be exported to ONNX: {reason}") from error
+    assert program is not None
+    for node in program.model.graph.all_nodes():  # stack traces, with the paths of this machine
+        node.metadata_props.clear()
+    return program
+
+
+def _difference(session: Any, completion: Completion, x: Tensor) -> float:
+    """The file's largest difference from the eager completion. ValueError: another shape, or too large a one."""
+    y = torch.from_numpy(session.run(["y"], {"x": x.numpy()})[0])
+    with torch.no_grad():
+        eager = completion(x)
+        if y.shape != eager.shape:
+            raise ValueError(f"it gives {tuple(y.shape)} for an input of {tuple(x.shape)}")
+        difference = float((y - eager).abs().max())
+        if not difference <= TOLERANCE:
+            exact = copy.deepcopy(completion).double()(x.double())
+            if not difference <= 10 * float((eager - exact).abs().max()):
+                raise ValueError(
+                    f"it differs from the model by {difference:.1e} on an input of {tuple(x.shape)}"
+                )
+    return difference
+
+
+def _request(b: int, h: int, w: int) -> Tensor:
+    """[B,5,H,W]: smooth photographs with NaN in their holes: one inside, the next in a corner, the third without; edges
+    everywhere, but in every second one none in the hole."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(b, 5, h, w, generator=generator)
+    colours = torch.rand(b, 3, 4, 4, generator=generator)
+    x[:, :3] = 0.9 * F.interpolate(colours, (h, w), mode="bilinear") + 0.1 * x[:, :3]
+    side = max(1, min(h, w) // 4)
+    x[:, 3] = 0
+    for i, (top, left) in enumerate(((h // 3, w // 2), (0, w - side))[:b]):
+        x[i, 3, top : top + side, left : left + side] = 1
+    x[:, 4] = x[:, 4] > 0.9
+    x[::2, 4] *= 1 - x[::2, 3]
+    x[:, :3] = torch.where(x[:, 3:4] > 0, torch.nan, x[:, :3])
+    return x
+
+
+def _single_threaded(options: Any) -> Any:
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # nothing but what is fatal: errors are raised as well
+    return options
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warnings: of operators in packages that no model uses, and of its own deprecated calls."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
