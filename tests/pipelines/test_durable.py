@@ -20,7 +20,7 @@ from data_prep.storage import Storage, open_storage
 from pipelines.attempt import failure
 from pipelines.durable import Step, StepFailed, StorageBusy, Workflow, step_key
 
-DEADLINE = 30.0
+DEADLINE = 120.0
 
 
 @pytest.fixture(scope="module")
