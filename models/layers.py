@@ -144,10 +144,9 @@ class PartialConv2d(nn.Conv2d):
             features, its_mask = skip
             seen = torch.cat([seen, torch.where(its_mask > 0, features, 0)], dim=1)
             valid = valid + _valid_channels(features, its_mask)
-        # sum(M), one channel however many M has. By pooling: convolutions may be computed in ways that round
-        total = (
-            F.avg_pool2d(valid, *self.window) * self.window[0] ** 2
-        ).round()  # ONNX has no divisor_override
+        # sum(M), one channel however many M has. By pooling: convolutions may be computed in ways that round.
+        # Not by its divisor_override: torch's ONNX exporter ignores that
+        total = (F.avg_pool2d(valid, *self.window) * self.window[0] ** 2).round()
         covered = total > 0
         y = self._conv_forward(seen, self.weight, None) * torch.where(covered, self.ones / total, 0)
         new_mask = covered.to(x.dtype)
