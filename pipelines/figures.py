@@ -146,10 +146,10 @@ def _not_available(side: int) -> np.ndarray:
 
 
 def _wrap(caption: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The caption in lines that fit the width, broken at spaces; words too wide for that after underscores."""
+    """The caption in lines that fit the width, broken at spaces; words too wide for that after _, -, / and before @."""
     lines = [""]
     for word in caption.split():
-        parts = [word] if font.getlength(word) <= width else re.findall(r"[^_]*_|[^_]+", word)
+        parts = [word] if font.getlength(word) <= width else re.findall(r"@?[^_@/-]*[_/-]|@?[^_@/-]+", word)
         for index, part in enumerate(parts):
             joined = f"{lines[-1]} {part}".strip() if index == 0 else lines[-1] + part
             if lines[-1] and font.getlength(joined) > width:

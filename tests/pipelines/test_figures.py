@@ -9,6 +9,8 @@ from pipelines.figures import (
     DRAWN_EDGE,
     HOLE_TINT,
     Grid,
+    _font,
+    _wrap,
     decode_png,
     edges_picture,
     encode_png,
@@ -79,3 +81,11 @@ def test_png_round_trip(scene):
     image, _, _ = scene
     np.testing.assert_array_equal(decode_png(encode_png(image)), image)
     assert encode_png(image) == encode_png(image)
+
+
+def test_long_captions_break_and_lose_nothing() -> None:
+    font = _font(14)
+    for name in ("ground truth", "edge_connect-canny@champion", "@alias", "a/very-long_name/of@something"):
+        lines = _wrap(name, font, 90).splitlines()
+        assert "".join(lines).replace(" ", "") == name.replace(" ", "")
+        assert all(font.getlength(line) <= 90 for line in lines), lines
