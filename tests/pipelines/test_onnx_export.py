@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import sys
@@ -39,13 +40,15 @@ SIZES = [(1, 35, 49), (3, 52, 40), (2, 64, 64), (1, 21, 45)]  # none of which th
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_seed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _fast_and_seeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # pytest listens to every logger that does not propagate, and torch writes its traces to this one if anybody does
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", True)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    gc.disable()  # a seventh of what an export takes
     yield
+    gc.enable()
     torch.set_num_threads(threads)
 
 
