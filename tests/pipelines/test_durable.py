@@ -404,12 +404,9 @@ def test_reports_cost_a_step_little_and_the_last_one_arrives(cluster, folder, tm
 
 
 def stay(ctx):
-    try:
-        Path(ctx.config["began"]).touch()  # in here: the interrupt may follow at once
-        while True:
-            time.sleep(0.01)
-    finally:
-        Path(ctx.config["ended"]).touch()
+    while True:
+        Path(ctx.config["alive"]).touch()
+        time.sleep(0.01)
 
 
 def stay_once(ctx):
@@ -417,17 +414,21 @@ def stay_once(ctx):
 
 
 def test_an_interrupt_ends_the_steps_and_leaves_nothing_in_the_way(cluster, folder, tmp_path):
-    config = {"began": str(tmp_path / "began"), "ended": str(tmp_path / "ended")}
-    workflow = Workflow("stays", [Step("s", stay_once, config)], folder)
+    alive = tmp_path / "alive"
+    workflow = Workflow("stays", [Step("s", stay_once, {"alive": str(alive)})], folder)
 
     def interrupt(name, state, *_):
         if state == "running":
-            wait_for(tmp_path / "began")
+            wait_for(alive)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         workflow.run(interrupt)
-    wait_for(tmp_path / "ended")
+    deadline, seen = time.monotonic() + DEADLINE, 0
+    while alive.stat().st_mtime_ns != seen:  # politely or not, it ends: no sign of life for a second
+        assert time.monotonic() < deadline, "the step goes on"
+        seen = alive.stat().st_mtime_ns
+        time.sleep(1)
     (status,) = workflow.status()
     assert (status.state, status.why) == ("to run", "attempt 1: interrupted: KeyboardInterrupt")
     assert not list(folder.list("leases"))
