@@ -18,7 +18,7 @@ from models.attention import ContextualAttention
 from models.base import Batch, Completion, Losses, Model, Phase, hole_mean, uniform
 from models.layers import crop_to, init_glorot_, pad_to_multiple, scaled
 from models.losses import discount_map, gan_generator, gradient_penalty, wgan_critic
-from models.window import box
+from models.window import around, crop
 
 GAMMAS = {"released": 0.9, "paper": 0.99}
 
@@ -239,15 +239,7 @@ class DeepFillV1(Model):
         """[B,C,S,S] -> [B,C,S/2,S/2]: each photograph's own square around the middle of its hole's box, shifted into
         the photograph."""
         side = self.options.size // 2
-        top, bottom, left, right = box(mask > 0.5)
-        rows, columns = (
-            ((low + high - side) // 2).clamp(0, self.options.size - side)[:, None]
-            + torch.arange(side, device=x.device)
-            for low, high in ((top, bottom), (left, right))
-        )
-        channels, width = x.shape[1], x.shape[3]
-        x = x.gather(2, rows[:, None, :, None].expand(-1, channels, -1, width))
-        return x.gather(3, columns[:, None, None, :].expand(-1, channels, side, -1))
+        return crop(x, *around(mask, side), side)
 
     def discount(self) -> Tensor:
         """Weight of each pixel of the local box in the discounted l1 [S/2,S/2]."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from models.base import Batch, Completion, Losses, Model, Phase, hole_mean, uniform
 from models.layers import crop_to, pad_to_multiple, scaled
 from models.losses import gan_fake, gan_generator, gan_real, masked_l2
-from models.window import box
+from models.window import around, crop
 
 PLACES = (0.4578, 0.4414, 0.4078)  # mean of Places365's training photographs at 256 px
 CHOICES = {
@@ -141,15 +141,6 @@ class Discriminator(nn.Module):
         return self.fc(torch.cat([self.whole(image), self.local(patch)], dim=1))
 
 
-def crop(image: Tensor, top: Tensor, left: Tensor, side: int) -> Tensor:
-    """The square [B,C,side,side] of each image [B,C,H,W] whose corner is at top, left [B] (integers, inside)."""
-    b, c, _, w = image.shape
-    along = torch.arange(side, device=image.device)
-    rows, columns = top[:, None] + along, left[:, None] + along  # [B,side]
-    strip = image.gather(2, rows[:, None, :, None].expand(b, c, side, w))
-    return strip.gather(3, columns[:, None, None, :].expand(b, c, side, side))
-
-
 class GLCIC(Model):
     """Trains on `size` x `size` crops; completes any size.
 
@@ -194,18 +185,6 @@ class GLCIC(Model):
 
     # -- what D compares ----------------------------------------------------------------------------------------
 
-    def around(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Top, left [B] of the patch in the middle of which the hole's box lies, shifted into the image.
-
-        A box longer than the patch is cut; without a hole the patch is the image's middle.
-        """
-        side, size = self.options.size // 2, self.options.size
-        top, bottom, left, right = box(mask > 0.5)
-        corners = [
-            ((low + high - side) // 2).clamp(0, size - side) for low, high in ((top, bottom), (left, right))
-        ]
-        return corners[0], corners[1]
-
     def anywhere(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Top, left [B] of a random patch of each photograph."""
         most = self.options.size - self.options.size // 2
@@ -220,7 +199,7 @@ class GLCIC(Model):
         """D's logits of C's output."""
         image, mask = batch["image"], batch["mask"]
         fake = output if self.options.judged == "output" else torch.where(mask > 0.5, output, image)
-        return self._judge(fake, self.around(mask))
+        return self._judge(fake, around(mask, self.options.size // 2))
 
     # -- losses -------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,29 @@ def box(hole: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return bounds[0], bounds[1], bounds[2], bounds[3]
 
 
+def around(mask: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Top, left [B] of the square of `side` pixels in the middle of which the box of a hole lies, in mask [B,1,H,W],
+    shifted into the image.
+
+    A box longer than the square is cut; without a hole the square is the image's middle.
+    """
+    top, bottom, left, right = box(mask > 0.5)
+    height, width = mask.shape[2:]
+    return (
+        ((top + bottom - side) // 2).clamp(0, height - side),
+        ((left + right - side) // 2).clamp(0, width - side),
+    )
+
+
+def crop(image: Tensor, top: Tensor, left: Tensor, side: int) -> Tensor:
+    """The square [B,C,side,side] of each image [B,C,H,W] whose corner is at top, left [B] (integers, inside)."""
+    b, c, _, w = image.shape
+    along = torch.arange(side, device=image.device)
+    rows, columns = top[:, None] + along, left[:, None] + along  # [B,side]
+    strip = image.gather(2, rows[:, None, :, None].expand(b, c, side, w))
+    return strip.gather(3, columns[:, None, None, :].expand(b, c, side, side))
+
+
 def resampler(start: Tensor, step: Tensor, count: int, size: int) -> Tensor:
     """Matrices [B,count,size] that take `count` samples of a line of `size` pixels, `step` pixels apart.
 

@@ -26,6 +26,7 @@ from models.base import Model
 from pipelines import tracking
 from pipelines.exporting import register
 from pipelines.layouts import LAYOUTS, Layout, Options, Part, State
+from pipelines.resources import file_sha256
 from pipelines.tracking import Tracking
 
 SUFFIXES = ("", ".pt", ".pth", ".ckpt", ".safetensors")  # of what a folder is searched for
@@ -107,7 +108,9 @@ def import_checkpoint(
     side = layout.size(options, config) if size is None else size
     if not isinstance(side, int) or side < 1:
         raise ValueError(f"a training size of {side!r} pixels is none: give --size")
-    return Imported(model, side, tuple((file.name, _sha256(file)) for file in sorted(used)), options, layout)
+    return Imported(
+        model, side, tuple((file.name, file_sha256(file)) for file in sorted(used)), options, layout
+    )
 
 
 def register_import(
@@ -317,11 +320,6 @@ def _listed(keys: Sequence[str] | State) -> str:
 
 def _refusal(file: Path, name: str, layout: Layout, problems: Sequence[str]) -> str:
     return f"{file} cannot become {name}, as {layout.source} lays it out: tensors are {'; '.join(problems)}"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _content(imported: Imported, metadata: Mapping[str, Any]) -> str:

@@ -77,9 +77,8 @@ class Learner:
 
     def __post_init__(self) -> None:
         self.model.to(self.device)
-        if (
-            self.world > 1 and self.device.type == "cuda"
-        ):  # on CPUs each rank's statistics are its own photographs'
+        # on CPUs each rank's statistics are its own photographs'
+        if self.world > 1 and self.device.type == "cuda":
             self.model.networks = nn.SyncBatchNorm.convert_sync_batchnorm(self.model.networks)
         if self.channels_last:
             self.model.networks.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

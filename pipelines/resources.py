@@ -44,7 +44,7 @@ def local_path(address: str, sha256: str | None = None) -> str:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             fetched = Path(folder) / "weights"
             _fetch(address, fetched)
-            found = _sum(fetched)
+            found = file_sha256(fetched)
             if sha256 is not None and found != sha256.lower():
                 raise ValueError(
                     f"weights {address} have the sha256 {found}, not {sha256}: another file, or a damaged one"
@@ -76,6 +76,6 @@ def _fetch(address: str, path: Path) -> None:
         ) from None
 
 
-def _sum(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

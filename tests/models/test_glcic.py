@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from models import build_model
-from models.glcic import GLCIC, PLACES, Branch, Discriminator, Generator, crop
+from models.glcic import GLCIC, PLACES, Branch, Discriminator, Generator
+from models.window import around, crop
 
 
 def count(network: nn.Module) -> int:
@@ -151,7 +152,7 @@ def test_patches_lie_around_the_hole_clipped_into_the_image() -> None:
         (2, 30, 12, 20),  # longer than the patch
         (0, 0, 0, 0),  # none: the image's middle
     ]
-    top, left = model.around(boxes(32, *holes))
+    top, left = around(boxes(32, *holes), model.options.size // 2)
     assert top.tolist() == [7, 7, 0, 8, 8]
     assert left.tolist() == [8, 7, 16, 8, 8]
 
@@ -159,7 +160,10 @@ def test_patches_lie_around_the_hole_clipped_into_the_image() -> None:
 def test_a_scattered_hole_counts_as_its_box() -> None:
     mask = torch.zeros(1, 1, 32, 32)
     mask[0, 0, 5, 9] = mask[0, 0, 24, 20] = 1
-    assert [int(t) for t in build().around(mask)] == [(5 + 25 - 16) // 2, (9 + 21 - 16) // 2]
+    assert [int(t) for t in around(mask, build().options.size // 2)] == [
+        (5 + 25 - 16) // 2,
+        (9 + 21 - 16) // 2,
+    ]
 
 
 def test_crops_are_slices_and_pass_gradients_on() -> None:
