@@ -86,6 +86,14 @@ def parser() -> argparse.ArgumentParser:
     add_recipe(
         "status", "show how far a run is, from its storage alone", "status demo --storage s3://bucket/runs"
     )
+    sweep = add_recipe(
+        "sweep",
+        "try values of loss weights or of sigma, as the recipe's sweep block says, and report which are best",
+        "sweep edge_connect-sigma --set data.source=photos",
+    )
+    sweep.add_argument(
+        "--register", action="store_true", help="then train the best recipe in full, evaluate and register it"
+    )
     add_recipe("train", "run the chain up to the trained weights", "train demo --set seed=1")
 
     shard = add("shard", "cut photographs into webdataset tars", "shard ~/photos shards --size 256")

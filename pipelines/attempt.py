@@ -16,6 +16,8 @@ from pipelines.durable import StepContext, Value, canonical
 
 PERIOD = 0.2  # seconds between two reports of one step, and between two looks at them
 
+Report = tuple[str, float, float, str]  # state, done, total, note
+
 # What a second attempt would only repeat: errors of the user and of the programmer.
 FINAL: tuple[type[Exception], ...] = (
     *(
@@ -44,16 +46,20 @@ class Progress:
     def __init__(self, board: Any, name: str) -> None:
         self.board, self.name = board, name
         self.lock = threading.Lock()
-        self.report: tuple[float, float, str] | None = None
+        self.report: Report | None = None
         self.sent = 0.0
         self.timer: threading.Timer | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Progress, (self.board, self.name)
 
-    def __call__(self, done: float, total: float, note: str = "") -> None:
+    def child(self, name: str) -> Progress:
+        """Of a part of the step that is shown beside it, such as one trial of a sweep."""
+        return Progress(self.board, f"{self.name}/{name}")
+
+    def __call__(self, done: float, total: float, note: str = "", state: str = "running") -> None:
         with self.lock:
-            self.report = (done, total, note)
+            self.report = (state, done, total, note)
             if self.timer is None:
                 self.timer = threading.Timer(max(0.0, self.sent + PERIOD - time.monotonic()), self.send)
                 self.timer.daemon = True
@@ -71,12 +77,12 @@ class Board:
     """The actor between the steps and the driver: the newest report of each step since the last look."""
 
     def __init__(self) -> None:
-        self.reports: dict[str, tuple[float, float, str]] = {}
+        self.reports: dict[str, Report] = {}
 
-    def report(self, name: str, done: float, total: float, note: str) -> None:
-        self.reports[name] = (done, total, note)
+    def report(self, name: str, *report: Any) -> None:
+        self.reports[name] = report  # type: ignore[assignment]
 
-    def read(self) -> dict[str, tuple[float, float, str]]:
+    def read(self) -> dict[str, Report]:
         reports, self.reports = self.reports, {}
         return reports
 

@@ -181,13 +181,47 @@ def models(args: argparse.Namespace) -> int:
     return 0
 
 
+def sweep(args: argparse.Namespace) -> int:
+    recipe = _recipe(args)
+    best = _sweep(args, recipe, _tracking_for(recipe))
+    return _chain(args, *best, until="register") if args.register else 0
+
+
 def _run(args: argparse.Namespace, until: str) -> int:
+    recipe = _recipe(args)
+    if recipe.sweep is None:
+        return _chain(args, recipe, None, until)
+    return _chain(args, *_sweep(args, recipe, _tracking_for(recipe)), until)
+
+
+def _sweep(args: argparse.Namespace, recipe: Recipe, tracking: Tracking) -> tuple[Recipe, dict[str, str]]:
+    """Sweep, unless it is found finished; the best recipe, and where it is from."""
+    from pipelines.outcome import show_sweep
+    from pipelines.space import best_recipe, check_sweep
+    from pipelines.sweep import build_sweep
+    from pipelines.sweep_result import in_words
+
+    began = time.monotonic()
+    check_sweep(recipe)
+    workflow = build_sweep(recipe, tracking)
+    values = workflow.finished()
+    if values is None:
+        values = _work(args, recipe, tracking, workflow)
+        print(f"sweep finished in {time.monotonic() - began:.0f} s")
+    else:
+        print(f"the sweep was found finished in {workflow.storage.uri}")
+    found = values["sweep"]
+    show_sweep(workflow, found)
+    origin = {"name": recipe.name, "run": found["run"], "values": in_words(found["best"])}
+    return best_recipe(recipe, found["best"]), origin
+
+
+def _chain(args: argparse.Namespace, recipe: Recipe, origin: dict[str, str] | None, until: str) -> int:
     from pipelines.workflow import build_workflow
 
     began = time.monotonic()
-    recipe = _recipe(args)
     tracking = _tracking_for(recipe)
-    workflow = build_workflow(recipe, tracking, until=until)
+    workflow = build_workflow(recipe, tracking, until, origin)
     values = workflow.finished()
     if values is None:
         values = _work(args, recipe, tracking, workflow)

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from pipelines.durable import Workflow
 
 HEARTBEAT = 2.0  # seconds between two looks at Ray itself
+ANYWHERE: dict[str, Any] = {
+    "scheduling_strategy": "DEFAULT"
+}  # also when this driver is a trial in a placement group
 GRACE = 5.0  # seconds that interrupted steps have to clean up before their processes are ended
 
 
@@ -44,7 +47,7 @@ class _Attempt:
 class Driver:
     def __init__(self, workflow: Workflow, show: Show) -> None:
         self.workflow, self.storage, self.show = workflow, workflow.storage, show
-        self.done: dict[str, Value] = {}  # manifests
+        self.done: dict[str, Value] = dict(workflow.given)  # manifests
         self.failed: dict[str, RuntimeError] = {}
         self.running: dict[ray.ObjectRef, _Attempt] = {}
         self.leases = ExitStack()
@@ -109,7 +112,7 @@ class Driver:
 
     def launch(self, step: Step, key: str, inputs: dict[str, Value], held: Lease, tries: int) -> None:
         if self.board is None:
-            self.board = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote()
+            self.board = ray.remote(num_cpus=0, max_restarts=-1, **ANYWHERE)(Board).remote()
         record = self.open_record(key)
         number = record["attempt"]
         self.delete_attempts(key, number - 1)
@@ -120,13 +123,13 @@ class Driver:
             config=json.loads(canonical(step.config)),
             local=json.loads(canonical(step.local)),
             storage=self.storage,
-            inputs={name: manifest["value"] for name, manifest in inputs.items()},
+            manifests=inputs,
             work=f"work/{key}/a{number}",
             stable=f"work/{key}/stable",
             progress=Progress(self.board, step.name),
         )
         # No CPU: a step that waits for its own tasks or trainer must not keep one from them.
-        performing = ray.remote(num_cpus=0, max_retries=0)(perform).options(name=step.name)
+        performing = ray.remote(num_cpus=0, max_retries=0, **ANYWHERE)(perform).options(name=step.name)
         task = performing.remote(step.run, context)
         self.running[task] = _Attempt(step, held, inputs, context, record, tries, time.monotonic())
         self.show(step.name, "running", 0, 0, "")
@@ -240,8 +243,8 @@ class Driver:
             with suppress(RayError):
                 names = {attempt.step.name for attempt in self.running.values()}
                 for name, report in ray.get(self.asked).items():
-                    if name in names:
-                        self.show(name, "running", *report)
+                    if name.partition("/")[0] in names:
+                        self.show(name, *report)
             self.asked = None
 
     def check(self) -> None:

@@ -66,10 +66,15 @@ class StepContext:
     config: Value
     local: Value
     storage: Storage
-    inputs: dict[str, Value]
+    manifests: dict[str, Value]  # of the steps that it needs
     work: str
     stable: str
     progress: Callable[..., None]  # (done, total, note="")
+
+    @property
+    def inputs(self) -> dict[str, Value]:
+        """The values of the steps that it needs."""
+        return {name: manifest["value"] for name, manifest in self.manifests.items()}
 
 
 @dataclass(frozen=True)
@@ -111,14 +116,18 @@ def step_key(step: Step, inputs: Mapping[str, Value]) -> str:
 
 @dataclass(frozen=True)
 class Workflow:
-    """Steps over a storage, each after those that it needs. Raises ValueError in one line when they make no chain."""
+    """Steps over a storage, each after those that it needs. Raises ValueError in one line when they make no chain.
+
+    `given` are manifests of steps that are finished already, by name: a part of another workflow can be gone on from.
+    """
 
     name: str
     steps: Sequence[Step]
     storage: Storage
+    given: Mapping[str, Value] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        known: set[str] = set()
+        known: set[str] = set(self.given)
         for step in self.steps:
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=-]*", step.name) or step.name in known:
                 raise ValueError(f"step {step.name!r}: names are unique, of letters, digits and ._+=-")
@@ -198,7 +207,7 @@ class Workflow:
 
     def _survey(self) -> Iterator[tuple[Step, str | None, Value | None, str]]:
         """Each step with its key once its inputs are known, and its manifest or the reason why it has none."""
-        done: dict[str, Value] = {}
+        done: dict[str, Value] = dict(self.given)
         for step in self.steps:
             if missing := [name for name in step.needs if name not in done]:
                 yield step, None, None, f"after {', '.join(missing)}"

@@ -91,11 +91,12 @@ def evaluate(
     *,
     progress: Callable[[int, int, str], None] | None = None,
     pool: Pool | None = None,
+    truth: np.ndarray | None = None,
 ) -> Evaluation:
     """Score every completer on the same photographs (name, uint8 [H,W,3]) and masks.
 
     A method that cannot complete a hole is listed with its reason, and the others go on. `pool` replaces the feature
-    stack that spec.distance names. ValueError: no photographs or methods, a crop larger than a photograph;
+    stack that spec.distance names; `truth` is what `truth_features` found on the same photographs. ValueError: no photographs or methods, a crop larger than a photograph;
     FileNotFoundError: feature weights that are not there.
     """
     chosen = list(islice(photos, spec.count))
@@ -116,14 +117,25 @@ def evaluate(
         inside = slice(start, start + SLICE)
         of_slice = {label: tuple(drawn[inside]) for label, drawn in masks.items()}
         piece = Slice(start, tuple(images[inside]), of_slice, shown)
-        parts.append(score_slice(completers, piece, spec.sigma, features))
+        parts.append(score_slice(completers, piece, spec.sigma, features, truth is None))
         if progress:
             progress(min(start + SLICE, len(images)), len(images), "photographs scored")
     protocol = _protocol(spec, chosen, masks)
     protocol["true_edges"] = [
         name for name, method in completers.items() if getattr(method, "true_edges", False)
     ]
-    return _merge(tuple(completers), tuple(name for name, _ in chosen), parts, protocol, spec)
+    return _merge(tuple(completers), tuple(name for name, _ in chosen), parts, protocol, spec, truth)
+
+
+def truth_features(photos: Iterable[tuple[str, np.ndarray]], spec: EvaluationSpec) -> np.ndarray:
+    """float [crops, d] of the photographs themselves, for many evaluations on them; [0, 0] without a distance."""
+    images = [image for _, image in islice(photos, spec.count)]
+    if not spec.distance or not images:
+        return np.zeros((0, 0))
+    distance = settled(spec.distance, images)
+    features = CropFeatures(distance, spec.seed, pooled_features(distance))
+    starts = range(0, len(images), SLICE)
+    return np.concatenate([features(images[start : start + SLICE], start) for start in starts])
 
 
 def draw_masks(spec: EvaluationSpec, images: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
@@ -144,6 +156,7 @@ def _merge(
     parts: Sequence[SliceScores],
     protocol: dict[str, Any],
     spec: EvaluationSpec,
+    real: np.ndarray | None,
 ) -> Evaluation:
     bands = {label: [band for part in parts for band in part.bands[label]] for label in parts[0].bands}
     values: Values = {label: {} for label in bands}
@@ -165,15 +178,18 @@ def _merge(
             pictures.update({keys[name]: png for name, png in columns.items()})
             sample = {"photo": names[index], "masks": label, "band": bands[label][index], "pictures": keys}
             samples.append(sample)
-    truth = {"tv_percent": float(np.mean([value for part in parts for value in part.truth]))}
+    scores_of_truth = {"tv_percent": float(np.mean([value for part in parts for value in part.truth]))}
     apart: dict[str, dict[str, dict[str, Any]]] = {}
     if spec.distance:
-        real = np.concatenate([part.features["", ""] for part in parts])
+        if real is None:
+            real = np.concatenate([part.features["", ""] for part in parts])
         apart = {
             label: {name: distances(spec.distance, real, _features(parts, label, name)) for name in methods}
             for label in bands
         }
-    return Evaluation(methods, names, bands, values, failures, apart, truth, protocol, samples, pictures)
+    return Evaluation(
+        methods, names, bands, values, failures, apart, scores_of_truth, protocol, samples, pictures
+    )
 
 
 def _plain(name: str) -> str:

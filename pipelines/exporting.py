@@ -1,7 +1,8 @@
 """From a trained model to a version in the registry: exported, checked against the model, registered exactly once.
 
 A version is a program made by torch.export with its weights: it needs mlflow and torch, none of this project's code
-and no pickle. It takes one float32 tensor [B,5,H,W] (RGB in [0,1]; mask, 1 = hole; edge) and gives [B,3,H,W].
+and no pickle. It takes one float32 tensor [B,5,H,W] (RGB in [0,1]; mask, 1 = hole; edge) and gives [B,3,H,W]. Beside
+the program lies a checkpoint folder, from which the whole model is built again: critics too, and for other formats.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
 from models.base import Model
-from pipelines.versions import CANDIDATE, NAME, RegistryError, connected, versions_of
+from pipelines.provenance import made_by
+from pipelines.searching import SCORES, scores_tag
+from pipelines.versions import CANDIDATE, CHECKPOINT, NAME, RegistryError, connected, versions_of
+from pipelines.weights import save_weights
 
 TOLERANCE = 1e-5  # of the exported program against the eager one
 SIGNATURE = ModelSignature(
@@ -49,14 +53,15 @@ def register(
     """The version of `name` that belongs to `step_key`, made if it is not there yet, under the alias `candidate`.
 
     `metadata` (JSON-able; kept in the model's own file) needs `sigma` when the model takes edges, and should have
-    `size` (training size in pixels) and `hole_range` (smallest and largest share of hole trained on).
+    `size` (training size in pixels) and `hole_range` (smallest and largest share of hole trained on); code, packages and
+    Ray job are this process's where it does not say.
     `example` float32 [B >= 2,5,H,W], of a size that is a multiple of nothing. Whatever dies on the way, a repetition
     ends with one version: it appears in one call with all its tags, after everything else is there.
     ValueError: name or metadata. RegistryError: the registry, or an export that does not equal the model.
     """
     if not NAME.fullmatch(name):
         raise ValueError(f"{name!r} cannot name a registered model: letters, digits, '_', '-' and '.' can")
-    described = describe(model, metadata or {})
+    described = describe(model, {**made_by(), **(metadata or {})})
     with connected(tracking_uri, patient=True) as client:
         version = _only_version(client, name, step_key)
         if version is None:
@@ -70,7 +75,8 @@ def register(
                 export(model, Path(folder, "model"), described, example)
                 model_id = _upload(client, Path(folder, "model"), name, run_id, own, metrics or {})
             _create_model(client, name)
-            client.create_model_version(name, f"models:/{model_id}", run_id, tags=own, model_id=model_id)
+            tags = own | {SCORES: scores_tag(metrics or {})}
+            client.create_model_version(name, f"models:/{model_id}", run_id, tags=tags, model_id=model_id)
             # a request answered too late is sent again, and makes a second version: look, and keep the first
             version = _only_version(client, name, step_key)
         if version is None:
@@ -122,6 +128,8 @@ def export(model: Model, folder: Path, metadata: dict[str, Any], example: np.nda
         metadata=metadata,
         serialization_format="pt2",
     )
+    (folder / CHECKPOINT).mkdir()
+    save_weights(folder / CHECKPOINT, model, {}, {**metadata, "name": model.name})
     program = mlflow.pytorch.load_model(str(folder))
     other = torch.from_numpy(np.ascontiguousarray(example[:1, :, 3:, :-4]))
     with torch.no_grad():
@@ -177,7 +185,7 @@ def _create_model(client: MlflowClient, name: str) -> None:
 
 def _only_version(client: MlflowClient, name: str, step_key: str) -> str | None:
     """The first version tagged with the key; later ones are copies of it, and are deleted."""
-    found = versions_of(client, name, f"and tags.step_key = '{step_key}'")
+    found = versions_of(client, name, f"tags.step_key = '{step_key}'")
     for copy in found[1:]:
         client.delete_model_version(name, str(copy.version))
     return str(found[0].version) if found else None

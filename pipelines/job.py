@@ -25,6 +25,10 @@ class TrainJob:
     sigmas: tuple[float, ...]
     train: dict[str, Any]  # the recipe's section
     seed: int
+    until: int | None = None
+    """End after this step of the schedule; None: at its end."""
+    start: str = ""
+    """The state.pt and journal.json of an earlier part of the schedule are in this folder of the storage."""
     run: str = ""  # MLflow's child run
     tracking: Tracking | None = None
     progress: Callable[[float, float, str], None] | None = field(default=None, compare=False)

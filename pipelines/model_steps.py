@@ -1,4 +1,4 @@
-"""The steps that make models: train, evaluate, register."""
+"""The steps that make models: train, evaluate."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ from mlflow import MlflowClient
 from data_prep.masks import fixed_masks
 from data_prep.storage import Storage
 from models import build_model
-from pipelines import registry, tracking
-from pipelines.completers import LoadedCompleter, completer, photographs
+from pipelines import tracking
+from pipelines.completers import completer, photographs
 from pipelines.durable import StepContext
 from pipelines.evaluate import Completer, EvaluationSpec, baselines
 from pipelines.evaluate import evaluate as score
 from pipelines.figures import encode_png, sample_grid
 from pipelines.learner import make_schedule
-from pipelines.metrics import higher_is_better
-from pipelines.provenance import code_version
+from pipelines.provenance import TAG, made_by
 from pipelines.scores import Evaluation
 from pipelines.steps import Value, tracked
 from pipelines.tables import table_markdown
 from pipelines.tracking import Tracking
-from pipelines.train import TrainJob, fit
+from pipelines.train import TrainJob, fit, write_part
 from pipelines.weights import load_weights, save_weights
 
 
 @tracked
 def train(ctx: StepContext, client: MlflowClient | None, run: str) -> Value:
-    """Tars and edge tars -> weights, under Ray Train; `stable` holds its checkpoints between attempts."""
+    """Tars and edge tars -> weights, under Ray Train; `stable` holds its checkpoints between attempts.
+
+    `until` in its config ends it early, with a part that a training of the same schedule goes on from.
+    """
     config = ctx.config
     job = TrainJob(
         storage=ctx.storage,
@@ -52,12 +54,16 @@ def train(ctx: StepContext, client: MlflowClient | None, run: str) -> Value:
         sigmas=tuple(config["sigma"]),
         train=config["train"] | {"keep": ctx.local["keep"]},
         seed=config["seed"],
+        until=config.get("until"),
+        start=next((value["part"] for value in ctx.inputs.values() if "part" in value), ""),
         run=run,
         tracking=Tracking(**ctx.local["tracking"]) if run else None,
         progress=ctx.progress,
         fatal=f"{ctx.stable}/fatal",
     )
     ctx.progress(0, 0, "starting workers")
+    if client:
+        tracking.log_tags(client, run, {TAG: json.dumps(made_by())})
     state, journal = fit(job, ctx.local["scaling"], ctx.stable, f"{ctx.name}-{ctx.key[:16]}")
     if client:
         tracking.log_curves(client, run, journal)
@@ -78,12 +84,11 @@ def train(ctx: StepContext, client: MlflowClient | None, run: str) -> Value:
         (folder / "curves.json").write_text(json.dumps({"points": journal, "phases": phases}))
         for name in (*files, "curves.json"):
             ctx.storage.upload(folder / name, f"{ctx.work}/{name}")
-    return {
-        "outputs": [f"{ctx.work}/{name}" for name in (*files, "curves.json")],
-        "weights": ctx.work,
-        "run": run,
-        "steps": state["step"],
-    }
+    kept, value = [*files, "curves.json"], {"weights": ctx.work, "run": run, "steps": state["step"]}
+    if job.until:
+        kept += write_part(ctx.storage.sub(ctx.work), state, journal)
+        value["part"] = ctx.work
+    return {"outputs": [f"{ctx.work}/{name}" for name in kept], **value}
 
 
 def hole_range(masks: Mapping[str, Any], size: int) -> list[float]:
@@ -116,85 +121,6 @@ def evaluate(ctx: StepContext, client: MlflowClient | None, run: str) -> Value:
         "evaluation": ctx.work,
         "scores": {method: found.score(method, ctx.config["metric"]) for method in methods},
     }
-
-
-@tracked
-def register(ctx: StepContext, client: MlflowClient | None, run: str) -> Value:
-    """Weights -> a version in the registry; champion when it beats the present one on these photographs and masks."""
-    assert client is not None, "registering needs MLflow"
-    config, uri = ctx.config, ctx.local["tracking"]["uri"]
-    label = ctx.name.removeprefix("register-")
-    trained, evaluated, shards = ctx.inputs[f"train-{label}"], ctx.inputs["evaluate"], ctx.inputs["shard"]
-    with local_folder(ctx.storage, trained["weights"]) as folder:
-        model, about = load_weights(folder)
-    scores = Evaluation.load(ctx.storage.sub(evaluated["evaluation"]).read)
-    metric, name = config["metric"], config["register_as"]
-    champion = registry.current_champion(name, uri)
-    ctx.progress(0, 2, "exporting")
-    version = registry.register(
-        model,
-        name=name,
-        run_id=run,
-        step_key=ctx.key,
-        tags={
-            "inpaint.recipe": config["recipe"],
-            "inpaint.metric": f"{metric} {scores.score(label, metric):.3f}",
-        },
-        metrics=scores.flat(label),
-        metadata=about
-        | {"recipe": ctx.local["recipe"], "shards": shards["digest"], "training_run": trained["run"]}
-        | {"protocol": scores.protocol, "code": code_version()},
-        tracking_uri=uri,
-    )
-    for grid in scores.grids():
-        tracking.log_picture(client, run, f"samples/{grid.title}.png", encode_png(sample_grid(grid)))
-    ctx.progress(1, 2, "comparing with the champion")
-    here = scores.score(label, metric)
-    better, reason = _beats(ctx, name, champion, version, here, metric, model.true_edges)
-    crowned = registry.crown(name, version, better, reason, score=here, tracking_uri=uri)
-    tracking.log_tags(
-        client, run, {"inpaint.version": version, "inpaint.champion": crowned, "inpaint.reason": reason}
-    )
-    return {"name": name, "version": version, "champion": crowned, "reason": reason}
-
-
-def _beats(
-    ctx: StepContext,
-    name: str,
-    champion: str | None,
-    version: str,
-    score_here: float,
-    metric: str,
-    true_edges: bool,
-) -> tuple[bool, str]:
-    """Whether the new version beats the champion, scored again on this run's photographs and masks.
-
-    A champion that cannot be scored keeps its place: it may only be out of reach, and a person can promote by hand.
-    What paints over true edges does not compete with what completes.
-    """
-    if champion is None:
-        return True, f"first version; {metric} {score_here:.3f}"
-    if champion == version:
-        return True, "champion already"
-    spec = EvaluationSpec.of(ctx.config["evaluate"] | {"distance": None, "samples": 1})
-    photos = list(
-        photographs(ctx.storage.sub(ctx.inputs["shard"]["shards"]), ctx.config["evaluate"]["split"])
-    )
-    try:
-        old = registry.load_model(f"models:/{name}/{champion}", tracking_uri=ctx.local["tracking"]["uri"])
-        if bool(old.metadata.get("true_edges")) != true_edges:
-            return (
-                False,
-                f"of this and version {champion} one paints over true edges: give studies a name, register_as",
-            )
-        theirs = score({"champion": LoadedCompleter(old)}, photos, spec).score("champion", metric)
-    except ValueError as error:
-        return False, f"the champion, version {champion}, cannot be scored here, so nothing is known: {error}"
-    better = score_here > theirs if higher_is_better(metric) else score_here < theirs
-    return (
-        better,
-        f"{metric} {score_here:.3f} against {theirs:.3f} of version {champion} on the same photographs",
-    )
 
 
 @contextmanager

@@ -15,7 +15,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,12 @@ def export_onnx(
         program.save(unchecked, external_data=False)
         try:
             onnx.checker.check_model(unchecked, full_check=True)
-            session = onnxruntime.InferenceSession(
-                unchecked, _single_threaded(onnxruntime.SessionOptions()), providers=["CPUExecutionProvider"]
-            )
-            checked = [_check(session, completion, _request(*shape), model.name) for shape in shapes]
-        except _Different:
+            compute = runner(unchecked)
+            checked = [
+                compared(compute, completion, request(*shape), f"the ONNX file of {model.name}")
+                for shape in shapes
+            ]
+        except Different:
             raise
         except Exception as error:  # onnxruntime's have no base of their own
             raise ValueError(f"the ONNX file of {model.name} does not run: {_line(error)}") from error
@@ -105,7 +106,7 @@ def _properties(model: Model, metadata: Mapping[str, Any]) -> dict[str, str]:
 def _program(completion: Completion, name: str, size: int | None) -> Any:
     """torch.onnx.ONNXProgram. ValueError, naming the operator: there is none for it in ONNX."""
     free = {0: "batch"} if size else {0: "batch", 2: "height", 3: "width"}
-    example = _request(*EXAMPLE) if size is None else _request(EXAMPLE[0], size, size)
+    example = request(*EXAMPLE) if size is None else request(EXAMPLE[0], size, size)
     try:
         with _quiet():
             program = torch.onnx.export(
@@ -132,33 +133,49 @@ def _program(completion: Completion, name: str, size: int | None) -> Any:
     return program
 
 
-class _Different(ValueError):
-    pass
+class Different(ValueError):
+    """Two forms of a model do not compute the same."""
 
 
-def _check(session: Any, completion: Completion, x: Tensor, name: str) -> dict[str, Any]:
-    """What `checked` says of one input."""
-    y = torch.from_numpy(session.run(["y"], {"x": x.numpy()})[0])
+def runner(path: Path) -> Callable[[Tensor], Tensor]:
+    """What an ONNX file computes, on one thread."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4  # nothing but what is fatal: errors are raised as well
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda x: torch.from_numpy(session.run(["y"], {"x": x.numpy()})[0])
+
+
+def compared(
+    compute: Callable[[Tensor], Tensor],
+    completion: Completion,
+    x: Tensor,
+    what: str,
+    program: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Any]:
+    """What `checked` says of one input: `compute` against the completion, or against its exported program.
+
+    Different: they differ by more than TOLERANCE, and by more than ten times the eager completion's own error.
+    """
     found: dict[str, Any] = {"shape": [len(x), *x.shape[2:]]}
     with torch.no_grad():
-        eager = completion(x)
-        if y.shape != eager.shape:
-            raise _Different(
-                f"the ONNX file of {name} gives {tuple(y.shape)} for an input of {tuple(x.shape)}"
-            )
-        found["difference"] = float((y - eager).abs().max())
+        y, wanted = compute(x), (program or completion)(x)
+        if y.shape != wanted.shape:
+            raise Different(f"{what} gives {tuple(y.shape)} for an input of {tuple(x.shape)}")
+        found["difference"] = float((y - wanted).abs().max())
         if not found["difference"] <= TOLERANCE:
             exact = copy.deepcopy(completion).double()(x.double())
-            found["rounding"] = float((eager - exact).abs().max())
+            found["rounding"] = float((completion(x) - exact).abs().max())
             if not found["difference"] <= 10 * found["rounding"]:
-                raise _Different(
-                    f"the ONNX file of {name} differs from the model by {found['difference']:.1e} on an input of "
-                    f"{tuple(x.shape)}"
+                raise Different(
+                    f"{what} differs from the model by {found['difference']:.1e} on an input of {tuple(x.shape)}"
                 )
     return found
 
 
-def _request(b: int, h: int, w: int) -> Tensor:
+def request(b: int, h: int, w: int) -> Tensor:
     """[B,5,H,W]: smooth photographs with NaN in their holes: one inside, the next in a corner, the third without; edges
     everywhere, but in every second one none in the hole."""
     generator = torch.Generator().manual_seed(0)
@@ -173,12 +190,6 @@ def _request(b: int, h: int, w: int) -> Tensor:
     x[::2, 4] *= 1 - x[::2, 3]
     x[:, :3] = torch.where(x[:, 3:4] > 0, torch.nan, x[:, :3])
     return x
-
-
-def _single_threaded(options: Any) -> Any:
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # nothing but what is fatal: errors are raised as well
-    return options
 
 
 @contextmanager

@@ -14,10 +14,13 @@ from pipelines.scores import Evaluation
 from pipelines.tables import table_text
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from data_prep.storage import Storage
     from pipelines.durable import Workflow
     from pipelines.recipe import Recipe
     from pipelines.report import Curves
+    from pipelines.sweep_result import SweepResult
     from pipelines.tracking import Tracking
 
 Values = dict[str, dict[str, Any]]
@@ -40,6 +43,50 @@ def show_outcome(recipe: Recipe, workflow: Workflow, values: Values, tracking: T
         print("\ntry next:")
         for command in next_commands(recipe, workflow, versions, tracking):
             print(f"  {command}")
+
+
+def show_sweep(workflow: Workflow, found: dict[str, Any]) -> None:
+    """A sweep's settings, best first, as a table; where its report and its best recipe are."""
+    from rich.console import Console
+
+    from pipelines.sweep_result import SweepResult
+
+    storage = workflow.storage
+    result = SweepResult.from_json(storage.read(found["result"]))
+    Console(highlight=False).print(sweep_table(result))
+    folder = found["result"].rpartition("/")[0]
+    report, recipe = (_place(storage, f"{folder}/{name}") for name in ("sweep.html", "best.yaml"))
+    print(f"report: {report}\nbest recipe: {recipe}\n\ntry next:\n  inpaint run {recipe}")
+
+
+def sweep_table(result: SweepResult, most: int = 12) -> Table:
+    """The best settings and the trials that did not finish, no wider than a terminal needs."""
+    from rich.table import Table
+
+    from pipelines.sweep_result import FINISHED
+
+    table = Table(box=None, pad_edge=False)
+    for path in result.fields:
+        if path != "seed":
+            table.add_column(path.rpartition(".")[2], justify="right")
+    table.add_column("trials", justify="right")
+    for metric in result.metrics:
+        table.add_column(metric, justify="right")
+    for group in result.ranked[:most]:
+        cells = [
+            f"{value:.4g}" if isinstance(value, float) else str(value) for value in group.values.values()
+        ]
+        scores = [
+            f"{group.mean(m):.3f}" + f" ± {group.spread(m):.3f}" * (len(group.trials) > 1)
+            for m in result.metrics
+        ]
+        table.add_row(*cells, str(len(group.trials)), *scores)
+    left = len(result.ranked) - most
+    unfinished = [trial for trial in result.trials if trial.state != FINISHED]
+    notes = [f"and {left} more settings"] if left > 0 else []
+    notes += [f"trial {t.number} {t.state}: {t.reason}" for t in unfinished[:most]]
+    table.caption = "\n".join(notes) or None
+    return table
 
 
 def write_report_once(recipe: Recipe, workflow: Workflow, values: Values, evaluation: Evaluation) -> str:
@@ -68,6 +115,10 @@ def write_report_once(recipe: Recipe, workflow: Workflow, values: Values, evalua
             environment=environment(),
         )
         storage.write(key, report_html(data).encode())
+    return _place(storage, key)
+
+
+def _place(storage: Storage, key: str) -> str:
     path = storage.path(key)
     return f"{storage.uri}/{key}" if path is None else _near(path)
 

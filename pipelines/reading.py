@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from pipelines.recipe import ModelSection, Recipe
+from pipelines.recipe import Domain, ModelSection, Recipe
 
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -34,7 +34,7 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         path = Path(name)
         if not path.is_file():
-            near = _nearest(name, shipped_recipes())
+            near = nearest(name, shipped_recipes())
             raise RecipeError(
                 f"no recipe {name!r}: neither a file nor one of {', '.join(shipped_recipes())}{near}"
             )
@@ -86,6 +86,9 @@ def check_recipe(recipe: Recipe) -> None:
                 section.name,
                 **check(f"models.{key}", local_options, section.options),
             )
+        for option, value in vars(model.options).items():
+            if option.startswith("lambda_") and (value or 0) < 0:
+                raise RecipeError(f"models.{key}.{option} = {value:g}: a weight is not negative")
         trained = getattr(model.options, "size", recipe.data.size)
         if trained != recipe.data.size or recipe.data.size % model.multiple:
             wanted = f"{trained}" if trained != recipe.data.size else f"a multiple of {model.multiple}"
@@ -101,7 +104,7 @@ def check_recipe(recipe: Recipe) -> None:
         steps = recipe.train_of(key).steps
         for name in steps:
             if name not in phases:
-                near = _nearest(name, phases)
+                near = nearest(name, phases)
                 raise RecipeError(
                     f"train.steps.{name}: {section.name} has the phases {', '.join(phases)}{near}"
                 )
@@ -113,7 +116,7 @@ def check_recipe(recipe: Recipe) -> None:
     for kind in recipe.evaluate.masks:
         check("evaluate.masks", open_masks, kind)
     if recipe.evaluate.metric not in DEFINITIONS:
-        near = _nearest(recipe.evaluate.metric, list(DEFINITIONS))
+        near = nearest(recipe.evaluate.metric, list(DEFINITIONS))
         raise RecipeError(
             f"evaluate.metric: no {recipe.evaluate.metric!r} among {', '.join(DEFINITIONS)}{near}"
         )
@@ -162,11 +165,12 @@ def _number(value: Any) -> Any:
 
 def _first_line(error: ValidationError) -> str:
     """The first problem of a validation, as one line: field, what is wrong, nearest known field."""
-    problem = error.errors()[0]
+    # what is misspelt is also missing: say the first rather than the second
+    problem = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = _fields_at(problem["loc"][:-1])
-        return f"unknown field {path}{_nearest(str(problem['loc'][-1]), known) or ': known are ' + ', '.join(known)}"
+        return f"unknown field {path}{nearest(str(problem['loc'][-1]), known) or ': known are ' + ', '.join(known)}"
     if problem["type"] == "missing":
         return f"{path} is missing"
     message = problem["msg"].removeprefix("Value error, ")
@@ -184,10 +188,11 @@ def _fields_at(location: Sequence[Any]) -> list[str]:
         else:
             kinds = [node.model_fields[part].annotation] if part in node.model_fields else []
             kinds += [kind for outer in kinds for kind in getattr(outer, "__args__", ())]
-            node = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), ModelSection)
+            other = node if node is Domain else ModelSection  # after Domain comes a field's path
+            node = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), other)
     return list(node.model_fields) if node is not None else []
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def nearest(word: str, known: Sequence[str]) -> str:
     near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""

@@ -169,6 +169,103 @@ class Evaluation(Section):
     samples: Positive = Field(6, description="rows of the sample grid")
 
 
+class Domain(Section):
+    """The values that one field of a sweep takes: exactly one of these."""
+
+    grid: tuple[Any, ...] | None = Field(None, description="every one of them; a plain list means this")
+    choice: tuple[Any, ...] | None = Field(None, description="one of them, drawn")
+    uniform: tuple[float, float] | None = Field(None, description="drawn evenly between two numbers")
+    loguniform: tuple[float, float] | None = Field(None, description="its logarithm is drawn evenly")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _list(cls, value: Any) -> Any:
+        return {"grid": value} if isinstance(value, list | tuple) else value
+
+    @model_validator(mode="after")
+    def _one(self) -> Domain:
+        given = self.model_dump(exclude_none=True)
+        if len(given) != 1:
+            raise ValueError("give one of grid: [...], choice: [...], uniform: [a, b], loguniform: [a, b]")
+        values = self.values or self.range
+        if not values:
+            raise ValueError("is empty: name at least one value, for example [0.001, 0.01]")
+        if self.range and not self.range[0] < self.range[1]:
+            raise ValueError(f"the range {list(self.range)} is empty: the smaller number comes first")
+        if self.loguniform and self.loguniform[0] <= 0:
+            raise ValueError("loguniform begins above 0")
+        return self
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        return self.grid or self.choice or ()
+
+    @property
+    def range(self) -> tuple[float, float] | None:
+        return self.uniform or self.loguniform
+
+
+class Budget(Section):
+    """When a sweep starts no further trial; those that run are finished. The first limit that is met counts."""
+
+    trials: Positive | None = None
+    minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="of this sweep's own time")
+    steps: Positive | None = Field(None, description="training steps of all trials together")
+
+
+class Sweep(Section):
+    """Which fields take which values, how they are searched, and what decides."""
+
+    fields: dict[str, Domain] = Field(
+        description="recipe path -> values; the field `seed` repeats every setting"
+    )
+    constraints: tuple[str, ...] = Field(
+        (),
+        description="such as model.lambda_adv <= model.lambda_rec / 10: settings that break one are left out",
+    )
+    model: str | None = Field(None, description="which of the recipe's models; none = its only one")
+    search: Literal["grid", "random", "optuna"] = "grid"
+    scheduler: Literal["none", "asha", "median", "pbt"] = Field(
+        "none", description="asha, median: end trials that fall behind; pbt: copy the best, change the fields"
+    )
+    every: Positive | None = Field(None, description="steps between two looks of the scheduler")
+    reduction: Annotated[int, Field(ge=2)] = Field(3, description="asha keeps one in this many")
+    metrics: tuple[str, ...] = Field(
+        ("psnr_rgb_hole", "fd"), description="of the evaluation; the first decides"
+    )
+    split: Literal["train", "val", "test"] = Field("val", description="photographs that decide")
+    train: dict[str, Any] = Field({}, description="what trials do not share with `train`: steps, say")
+    budget: Budget = Budget()
+    at_once: Positive | None = Field(None, description="trials side by side; none = as the cluster allows")
+
+    @model_validator(mode="after")
+    def _whole(self) -> Sweep:
+        if not self.fields:
+            raise ValueError(
+                "fields is empty: name at least one, for example  fields: {edges.sigma: [1, 2, 3]}"
+            )
+        if not self.metrics:
+            raise ValueError("metrics is empty: name at least one, such as psnr_rgb_hole")
+        ranges = [path for path, domain in self.fields.items() if domain.range]
+        if self.search == "grid" and ranges:
+            raise ValueError(
+                f"search: grid cannot take the range of {ranges[0]}: list values, or search: random"
+            )
+        if self.search != "grid" and not (self.budget.trials or self.budget.minutes or self.budget.steps):
+            raise ValueError(
+                f"search: {self.search} goes on for ever: give a budget, for example  budget: {{trials: 20}}"
+            )
+        if self.scheduler != "none" and self.every is None:
+            raise ValueError(f"scheduler: {self.scheduler} needs `every`, the steps between two of its looks")
+        if self.scheduler == "pbt":
+            fixed = [path for path in self.fields if ".lambda_" not in path and path != "seed"]
+            if fixed:
+                raise ValueError(
+                    f"scheduler: pbt changes fields during a training, which {fixed[0]} cannot be: only lambdas"
+                )
+        return self
+
+
 class Recipe(Section):
     """What one run is made of. `storage` and `tracking` say where; they do not change what comes out."""
 
@@ -186,6 +283,7 @@ class Recipe(Section):
     scaling: Scaling = Scaling()
     models: dict[str, ModelSection]
     evaluate: Evaluation = Evaluation()
+    sweep: Sweep | None = None
 
     @model_validator(mode="before")
     @classmethod

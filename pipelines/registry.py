@@ -1,22 +1,23 @@
-"""Model versions in the MLflow registry: made exactly once, crowned, taken back, looked up and loaded.
+"""The MLflow registry of models: looked up, searched, promoted, taken back, loaded.
 
-What had an alias when, and why, is an append-only history in tags of the registered model.
+    from pipelines import registry
+    model = registry.load_model("models:/edge_connect@champion")
+    frame = registry.search("edge_connect", where=["psnr > 18"])
+
+What had an alias when, and why, is a history in tags of the registered model (aliases.py).
 """
 
 from __future__ import annotations
 
-import getpass
-import json
-import os
-import socket
-from datetime import UTC, datetime
-from typing import Any
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from pipelines.exporting import export, register
-from pipelines.loading import LoadedModel, load_model
+from pipelines import aliases
+from pipelines.aliases import Move, Overtaken, Place
+from pipelines.searching import best, search
 from pipelines.versions import (
     CANDIDATE,
     CHAMPION,
@@ -26,25 +27,45 @@ from pipelines.versions import (
     find_version,
     pages,
     versions_of,
+    when,
 )
+
+if TYPE_CHECKING:
+    from pipelines.exporting import register
+    from pipelines.loading import LoadedModel, load_model
+    from pipelines.showing import show
 
 __all__ = [
     "LoadedModel",
+    "Overtaken",
     "RegistryError",
-    "crown",
+    "best",
     "current_champion",
-    "export",
+    "delete",
     "history",
     "list_models",
     "load_model",
+    "place",
     "promote",
     "register",
     "rollback",
+    "search",
     "show",
     "still_registered",
 ]
 
-EVENT = "history."  # + time: one tag an event, never changed
+LATER = {  # these need torch, or files of a version: imported when they are wanted, as looking up shall be quick
+    "LoadedModel": "loading",
+    "load_model": "loading",
+    "register": "exporting",
+    "show": "showing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in LATER:
+        return getattr(importlib.import_module(f"pipelines.{LATER[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def still_registered(name: str, version: str, step_key: str, tracking_uri: str | None = None) -> bool:
@@ -59,31 +80,15 @@ def still_registered(name: str, version: str, step_key: str, tracking_uri: str |
 def current_champion(name: str, tracking_uri: str | None = None) -> str | None:
     """The version under the alias `champion`; None when there is none, or no such model yet."""
     with connected(tracking_uri) as client:
-        known = [
-            model.name for model in pages(client.search_registered_models, filter_string=f"name = '{name}'")
-        ]
-        return _holder(client, name, CHAMPION) if name in known else None
+        found = pages(client.search_registered_models, filter_string=f"name = '{name}'")
+        champion = found[0].aliases.get(CHAMPION) if found else None
+        return None if champion is None else str(champion)
 
 
-def crown(
-    name: str,
-    version: str,
-    better: bool,
-    reason: str,
-    *,
-    score: float | None = None,
-    tracking_uri: str | None = None,
-) -> bool:
-    """Make `version` champion when it is `better`, else note in its tags why not; says whether it is champion.
-
-    `reason` is the comparison in a few words: "psnr_rgb_hole 24.1 against 23.6 of version 3".
-    """
-    if better:
-        promote(name, version, CHAMPION, reason=reason, score=score, tracking_uri=tracking_uri)
-        return True
+def place(name: str, alias: str = CHAMPION, tracking_uri: str | None = None) -> Place:
+    """Where an alias is; given to `promote`, the promotion counts only while it is still there."""
     with connected(tracking_uri) as client:
-        client.set_model_version_tag(name, version, "not_champion", reason)
-    return False
+        return aliases.place(client, name, alias)
 
 
 def promote(
@@ -93,18 +98,35 @@ def promote(
     *,
     reason: str = "by hand",
     score: float | None = None,
+    comparison: Mapping[str, Any] | None = None,
+    forced: bool = False,
+    expected: Place | None = None,
     tracking_uri: str | None = None,
 ) -> str | None:
     """Set `alias` on `version`, recorded with who, when and why; returns the version that had it before, or None.
 
-    Repeated, it adds nothing. RegistryError: no such version.
+    Compares nothing: that is `promoting.promote`. Repeated, it adds nothing. RegistryError: no such version, no
+    permission. Overtaken: the alias is no longer where it was `expected`, or somebody else moved it in this moment.
     """
     with connected(tracking_uri) as client:
-        find_version(client, f"models:/{name}/{version}")
-        before = _holder(client, name, alias)
-        if before != str(version):
-            _move(client, name, alias, "promote", before, str(version), reason, score)
-        return before
+        found = find_version(client, f"models:/{name}/{version}")
+        now = aliases.place(client, name, alias)
+        if expected is not None and now != expected:
+            since = now.moves[len(expected.moves) :]
+            if since and since[-1]["to"] != version:
+                raise aliases.overtaken(name, version, since[-1])
+            if not since:
+                raise Overtaken(
+                    f"{alias} of {name} was moved from version {expected.holder} to {now.holder} meanwhile, not by inpaint: "
+                    "try again"
+                )
+        number = str(found.version)
+        if now.holder == number:
+            return number
+        more = {"reason": reason, "score": score, "comparison": comparison, "forced": forced}
+        kept = {key: value for key, value in more.items() if value or key in ("reason", "score")}
+        aliases.move(client, name, alias, "promote", number, now, **kept)
+        return now.holder
 
 
 def rollback(
@@ -115,139 +137,50 @@ def rollback(
     A second rollback goes one further back. RegistryError: there is none, or it was deleted.
     """
     with connected(tracking_uri) as client:
-        now = _holder(client, name, alias)
-        held = _held([event for event in _events(client, name) if event["alias"] == alias])
-        if now is None or len(held) < 2 or held[-1] != now:
+        now = aliases.place(client, name, alias)
+        if now.holder is None or len(now.held) < 2:
             raise RegistryError(
-                f"{name} has no earlier {alias} on record to go back to: see inpaint models show {name}"
+                f"{name} has no earlier {alias} on record to go back to: see inpaint models history {name}"
             )
-        find_version(client, f"models:/{name}/{held[-2]}")
-        _move(client, name, alias, "rollback", now, held[-2], reason, None)
-        return held[-2]
+        before = now.held[-2]
+        find_version(client, f"models:/{name}/{before}")
+        aliases.move(client, name, alias, "rollback", before, now, reason=reason, score=None)
+        return before
 
 
-def history(name: str, tracking_uri: str | None = None) -> list[dict[str, Any]]:
-    """Every move of an alias, oldest first: alias, action, to, from, when, who, reason, score."""
+def delete(name: str, version: str, tracking_uri: str | None = None) -> None:
+    """Remove a version from the registry; its files stay with its run. RegistryError: none such, or it has an alias."""
     with connected(tracking_uri) as client:
-        return _events(client, name)
+        find_version(client, f"models:/{name}/{version}")
+        held = [alias for alias, holder in find_model(client, name).aliases.items() if str(holder) == version]
+        if held:
+            raise RegistryError(
+                f"{name} version {version} is {' and '.join(sorted(held))}: give the alias to another version first"
+            )
+        client.delete_model_version(name, version)
+
+
+def history(name: str, tracking_uri: str | None = None) -> list[Move]:
+    """Every move of an alias, oldest first: alias, action, to, from, when, who, reason, score, and how it compared."""
+    with connected(tracking_uri) as client:
+        return aliases.every_move(find_model(client, name).tags)
 
 
 def list_models(tracking_uri: str | None = None) -> list[dict[str, Any]]:
     """One row a registered model: name, model, versions, champion, candidate, updated."""
     with connected(tracking_uri) as client:
-        rows = []
-        for found in pages(client.search_registered_models):
-            versions = versions_of(client, found.name)
-            rows.append(
-                {
-                    "name": found.name,
-                    "model": versions[-1].tags.get("model", "") if versions else "",
-                    "versions": len(versions),
-                    "champion": _text(found.aliases.get(CHAMPION)),
-                    "candidate": _text(found.aliases.get(CANDIDATE)),
-                    "updated": _when(found.last_updated_timestamp),
-                }
-            )
-        return rows
-
-
-def show(uri: str, tracking_uri: str | None = None) -> dict[str, Any]:
-    """A version (models:/NAME@ALIAS, models:/NAME/VERSION), or for a plain NAME the model with all its versions."""
-    with connected(tracking_uri) as client:
-        if uri.startswith("models:"):
-            version = find_version(client, uri)
-            return {
-                **_row(version, find_model(client, version.name).aliases),
-                "metrics": _metrics(client, version),
-                "history": [
-                    event for event in _events(client, version.name) if str(version.version) in event.values()
-                ],
+        models = pages(client.search_registered_models)
+        versions: dict[str, list[ModelVersion]] = {model.name: [] for model in models}
+        for version in versions_of(client):
+            versions.setdefault(version.name, []).append(version)
+        return [
+            {
+                "name": model.name,
+                "model": versions[model.name][-1].tags.get("model", "") if versions[model.name] else "",
+                "versions": len(versions[model.name]),
+                "champion": model.aliases.get(CHAMPION) and str(model.aliases[CHAMPION]),
+                "candidate": model.aliases.get(CANDIDATE) and str(model.aliases[CANDIDATE]),
+                "updated": when(model.last_updated_timestamp),
             }
-        model = find_model(client, uri)
-        return {
-            "name": model.name,
-            "aliases": {alias: str(version) for alias, version in sorted(model.aliases.items())},
-            "versions": [_row(version, model.aliases) for version in versions_of(client, uri)][::-1],
-            "history": _events(client, uri),
-        }
-
-
-def _row(version: ModelVersion, aliases: dict[str, str]) -> dict[str, Any]:
-    number = str(version.version)
-    return {
-        "name": version.name,
-        "version": number,
-        "aliases": sorted(alias for alias, holder in aliases.items() if str(holder) == number),
-        "created": _when(version.creation_timestamp),
-        "run_id": version.run_id,
-        "tags": dict(sorted(version.tags.items())),
-    }
-
-
-def _metrics(client: MlflowClient, version: ModelVersion) -> dict[str, float]:
-    logged = client.get_logged_model(str(version.source).rpartition("/")[2])
-    return {
-        metric.key: metric.value for metric in sorted(logged.metrics or [], key=lambda metric: metric.key)
-    }
-
-
-def _holder(client: MlflowClient, name: str, alias: str) -> str | None:
-    return _text(find_model(client, name).aliases.get(alias))
-
-
-def _events(client: MlflowClient, name: str) -> list[dict[str, Any]]:
-    tags = find_model(client, name).tags
-    return [json.loads(tags[key]) for key in sorted(tags) if key.startswith(EVENT)]
-
-
-def _held(events: list[dict[str, Any]]) -> list[str]:
-    """The versions that had the alias, the present one last, each with what preceded it before it."""
-    held: list[str] = []
-    for event in events:
-        before = event["from"]
-        if held[-1:] != [before]:  # the last event never came true, or the alias was moved without us
-            held = held[: held.index(before) + 1] if before in held else [before] if before else []
-        held = held[:-1] if event["action"] == "rollback" else [*held, event["to"]]
-    return held
-
-
-def _move(
-    client: MlflowClient,
-    name: str,
-    alias: str,
-    action: str,
-    before: str | None,
-    version: str,
-    reason: str,
-    score: float | None,
-) -> None:
-    """Record the event, then move the alias. Died in between, the repetition finds its event and only moves."""
-    past = [event for event in _events(client, name) if event["alias"] == alias]
-    move = {"alias": alias, "action": action, "to": version, "from": before}
-    if not past or any(past[-1][key] != value for key, value in move.items()):
-        now = datetime.now(UTC)
-        user = os.environ.get("MLFLOW_TRACKING_USERNAME") or _user()
-        event = {
-            **move,
-            "when": now.isoformat(timespec="seconds"),
-            "who": user,
-            "reason": reason,
-            "score": score,
-        }
-        client.set_registered_model_tag(name, f"{EVENT}{now:%Y%m%dT%H%M%S.%f}", json.dumps(event))
-    client.set_registered_model_alias(name, alias, version)
-
-
-def _user() -> str:
-    try:
-        return f"{getpass.getuser()}@{socket.gethostname()}"
-    except (KeyError, OSError):  # a container without a user entry
-        return socket.gethostname()
-
-
-def _text(version: str | int | None) -> str | None:
-    return None if version is None else str(version)
-
-
-def _when(milliseconds: int | None) -> str:
-    return datetime.fromtimestamp((milliseconds or 0) / 1000, UTC).isoformat(timespec="seconds")
+            for model in models
+        ]

@@ -1,8 +1,9 @@
-"""Scores of registered models or checkpoint folders on any folder of photographs: `inpaint evaluate` and `compare`."""
+"""Scores of registered models or checkpoint folders on any folder of photographs: `inpaint evaluate`, and comparisons."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from pipelines import registry
 from pipelines.completers import LoadedCompleter
 from pipelines.evaluate import Completer, EvaluationSpec, baselines, evaluate
 from pipelines.figures import encode_png, sample_grid
+from pipelines.loading import LoadedModel
 from pipelines.progress import Show
 from pipelines.report import ReportData, write_report
 from pipelines.scores import Evaluation
@@ -42,16 +44,14 @@ def score_models(
     `inpaint shard` made, those of `split`. Unreadable ones are listed and passed over. ValueError in one line: no such
     model, no photographs.
     """
-    models = {uri: registry.load_model(uri, tracking_uri=tracking_uri) for uri in uris}
-    size = size or max([model.size or 0 for model in models.values()]) or 256
     methods: dict[str, Completer] = baselines() if classical else {}
-    methods |= {uri.removeprefix("models:/"): LoadedCompleter(model) for uri, model in models.items()}
+    models = {
+        uri.removeprefix("models:/"): registry.load_model(uri, tracking_uri=tracking_uri) for uri in uris
+    }
+    size = size or usual_size(models.values())
+    methods |= {label: LoadedCompleter(model) for label, model in models.items()}
     photos = read_photographs(images, size, count, split)
-    spec = EvaluationSpec(tuple(masks), seed, samples=samples)
-    with Show() as show:
-        report = lambda done, total, note: show("evaluate", "running", done, total, note)  # noqa: E731
-        found = evaluate(methods, photos, spec, progress=report)
-        show("evaluate", "finished", note=f"{len(photos)} photographs of {size} px")
+    found = score(methods, photos, EvaluationSpec(tuple(masks), seed, samples=samples))
     print(table_text(found))
     if out:
         out.mkdir(parents=True, exist_ok=True)
@@ -60,6 +60,27 @@ def score_models(
         for grid in found.grids():
             (out / f"{grid.title}.png".replace(" ", "-")).write_bytes(encode_png(sample_grid(grid)))
         print(f"report: {write_report(out / 'report.html', ReportData('Evaluation', evaluation=found))}")
+    return found
+
+
+def usual_size(models: Iterable[LoadedModel]) -> int:
+    """The largest training size of the models, in pixels."""
+    return max((model.size or 0 for model in models), default=0) or 256
+
+
+def score(
+    methods: Mapping[str, Completer],
+    photos: Sequence[tuple[str, np.ndarray]],
+    spec: EvaluationSpec,
+    quiet: bool = False,
+) -> Evaluation:
+    """Evaluate, showing where it is unless `quiet`."""
+    if quiet:
+        return evaluate(methods, photos, spec)
+    with Show() as show:
+        report = lambda done, total, note: show("evaluate", "running", done, total, note)  # noqa: E731
+        found = evaluate(methods, photos, spec, progress=report)
+        show("evaluate", "finished", note=f"{len(photos)} photographs of {photos[0][1].shape[0]} px")
     return found
 
 
@@ -81,7 +102,7 @@ def read_photographs(uri: str, size: int, count: int, split: str = "test") -> li
         except PhotoError as error:
             rejected.append(f"{name}: {error}")
     for line in rejected:
-        print(f"  passed over {line}")
+        print(f"  passed over {line}", file=sys.stderr)
     if not photos:
         raise ValueError(f"{uri} holds no readable photograph ({len(rejected)} files passed over)")
     return photos

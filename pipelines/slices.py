@@ -55,11 +55,15 @@ class SliceScores:
 
 
 def score_slice(
-    completers: Mapping[str, Completer], piece: Slice, sigma: float | None, features: Features | None = None
+    completers: Mapping[str, Completer],
+    piece: Slice,
+    sigma: float | None,
+    features: Features | None = None,
+    truth: bool = True,
 ) -> SliceScores:
-    """Scores, features and pictures of one slice: a pure function of its arguments."""
+    """Scores, features (those of the truth where `truth`) and pictures of one slice: a pure function."""
     found = SliceScores(truth=[100 * total_variation(image / 255.0) for image in piece.images])
-    if features:
+    if features and truth:
         found.features["", ""] = features(piece.images, piece.start)
     sigmas = {name: getattr(method, "sigma", sigma) for name, method in completers.items()}
     for label, masks in piece.masks.items():

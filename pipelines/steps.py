@@ -23,7 +23,10 @@ StepFunction = Callable[[StepContext], Value]
 
 
 def tracked(function: Callable[[StepContext, MlflowClient | None, str], Value]) -> StepFunction:
-    """Gives a step its MLflow run, a child of the recipe's: found again after a crash, ended as the step ends."""
+    """Gives a step its MLflow run, a child of the recipe's: found again after a crash, ended as the step ends.
+
+    A step of a trial (local["run"]) writes in the trial's run, which is not its to end.
+    """
 
     @functools.wraps(function)
     def step(ctx: StepContext) -> Value:
@@ -31,6 +34,8 @@ def tracked(function: Callable[[StepContext, MlflowClient | None, str], Value]) 
         if not where:
             return function(ctx, None, "")
         place = Tracking(**where)
+        if shared := ctx.local.get("run"):
+            return function(ctx, place.client(), shared)
         run = tracking.open_run(place, ctx.key, ctx.name, parent=ctx.local.get("parent"))
         with tracking.running(place, run) as client:
             tracking.log_params(client, run, flatten(ctx.config))

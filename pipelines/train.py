@@ -37,8 +37,8 @@ def learn(job: TrainJob) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     learner = make_learner(job, rank, world)
-    start, journal = restore(learner)
-    total = learner.schedule.total
+    start, journal = restore(job, learner)
+    total = job.until or learner.schedule.total
     book = make_bookkeeper(job, learner, journal) if rank == 0 else None
     meter = Meter()
 
@@ -120,12 +120,15 @@ def keep_memory() -> None:
             libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
 
 
-def restore(learner: Learner) -> tuple[int, list[Point]]:
+def restore(job: TrainJob, learner: Learner) -> tuple[int, list[Point]]:
     """The position to go on from and the journal of what was logged before it."""
     checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
+    if checkpoint is not None:
+        state, journal = read_checkpoint(checkpoint)
+    elif job.start:
+        state, journal = read_part(job.storage.sub(job.start))
+    else:
         return 0, []
-    state, journal = read_checkpoint(checkpoint)
     return learner.load(state), journal
 
 
@@ -137,10 +140,8 @@ def save(job: TrainJob, learner: Learner, done: int, book: Bookkeeper | None) ->
         return
     book.look(done)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        torch.save(learner.state(done), folder / "state.pt")
-        (folder / "curves.json").write_text(json.dumps(book.journal))
-        ray.train.report({"step": done}, checkpoint=Checkpoint(folder), checkpoint_dir_name=name)
+        _write(Path(temporary), learner.state(done), book.journal)
+        ray.train.report({"step": done}, checkpoint=Checkpoint(temporary), checkpoint_dir_name=name)
     book.publish()
 
 
@@ -183,10 +184,37 @@ def fit(
 
 
 def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[Point]]:
-    """The state (never unpickled: weights_only) and the journal of a checkpoint, wherever it lies."""
+    """The state and the journal of a checkpoint, wherever it lies."""
     with checkpoint.as_directory() as folder:
-        state = torch.load(Path(folder) / "state.pt", map_location="cpu", weights_only=True)
-        journal = json.loads((Path(folder) / "curves.json").read_text())
+        return _read(Path(folder))
+
+
+def write_part(storage: Storage, state: dict[str, Any], journal: list[Point]) -> list[str]:
+    """Keep the end of a part of a schedule, from which another training goes on; returns the files' names."""
+    with tempfile.TemporaryDirectory() as temporary:
+        names = _write(Path(temporary), state, journal)
+        for name in names:
+            storage.upload(Path(temporary) / name, name)
+    return names
+
+
+def read_part(storage: Storage) -> tuple[dict[str, Any], list[Point]]:
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in ("state.pt", "journal.json"):
+            storage.download(name, Path(temporary) / name)
+        return _read(Path(temporary))
+
+
+def _write(folder: Path, state: dict[str, Any], journal: list[Point]) -> list[str]:
+    torch.save(state, folder / "state.pt")
+    (folder / "journal.json").write_text(json.dumps(journal))
+    return ["state.pt", "journal.json"]
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], list[Point]]:
+    """Never unpickled: weights_only."""
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    journal = json.loads((folder / "journal.json").read_text())
     return state, [(int(step), values) for step, values in journal]
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import difflib
+import getpass
 import logging
 import os
 import re
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import mlflow.artifacts
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
@@ -19,6 +23,12 @@ from mlflow.exceptions import MlflowException
 CANDIDATE, CHAMPION = "candidate", "champion"
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
 URI = re.compile(rf"models:/({NAME.pattern})(?:@({NAME.pattern})|/(\d+))")
+QUIET = {
+    "mlflow": logging.ERROR,
+    "alembic": logging.ERROR,
+    "mlflow.store.db.utils": logging.CRITICAL,  # prints the errors that it raises, with their tracebacks
+}
+CHECKPOINT = "checkpoint"  # the folder in a version's files that its model is built again from
 FORMS = "write models:/NAME@ALIAS, models:/NAME/VERSION or a checkpoint folder"
 
 
@@ -38,16 +48,17 @@ def connected(tracking_uri: str | None = None, patient: bool = False) -> Iterato
         raise RegistryError(
             f"there is no MLflow registry at {uri}: set MLFLOW_TRACKING_URI to the one that holds the model"
         )
-    for logger in ("mlflow", "alembic"):
-        logging.getLogger(logger).setLevel(logging.ERROR)
+    for logger, level in QUIET.items():
+        logging.getLogger(logger).setLevel(level)
     settings = {"MLFLOW_TRACKING_URI": os.environ.get("MLFLOW_TRACKING_URI")}
     before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
     if before == settings["MLFLOW_TRACKING_URI"]:
         before = None  # it comes from the environment, and shall follow it
-    if not patient:
-        for key, value in {"MAX_RETRIES": "2", "BACKOFF_FACTOR": "1", "TIMEOUT": "30"}.items():
-            settings[f"MLFLOW_HTTP_REQUEST_{key}"] = os.environ.get(f"MLFLOW_HTTP_REQUEST_{key}")
-            os.environ.setdefault(f"MLFLOW_HTTP_REQUEST_{key}", value)
+    hurry = {"MAX_RETRIES": "2", "BACKOFF_FACTOR": "1", "TIMEOUT": "30"}
+    wanted = {} if patient else {f"MLFLOW_HTTP_REQUEST_{key}": value for key, value in hurry.items()}
+    for key, value in {**wanted, "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false"}.items():
+        settings[key] = os.environ.get(key)
+        os.environ.setdefault(key, value)
     mlflow.set_tracking_uri(uri)
     registry = mlflow.get_registry_uri()  # the same, unless somebody has set it apart
     apart = tracking_uri is not None and registry != uri
@@ -57,6 +68,10 @@ def connected(tracking_uri: str | None = None, patient: bool = False) -> Iterato
         yield MlflowClient(uri, registry_uri=uri if apart else registry)
     except MlflowException as error:
         raise RegistryError(_said(error, uri)) from error
+    except Exception as error:
+        if type(error).__module__.startswith("sqlalchemy."):  # of a file that MLflow cannot even open
+            raise RegistryError(_said(error, uri)) from error
+        raise
     finally:
         if apart:
             mlflow.set_registry_uri(registry)
@@ -91,8 +106,8 @@ def find_version(client: MlflowClient, uri: str) -> ModelVersion:
     if not match:
         raise RegistryError(f"{uri!r} names no model version: {FORMS}")
     name, alias, number = match.groups()
-    model = find_model(client, name)
     if alias:
+        model = find_model(client, name)
         if alias not in model.aliases:
             known = (
                 ", ".join(f"{key} (version {value})" for key, value in sorted(model.aliases.items()))
@@ -105,15 +120,23 @@ def find_version(client: MlflowClient, uri: str) -> ModelVersion:
     except MlflowException as error:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
+    find_model(client, name)  # says so when there is not even the model
     numbers = sorted(int(found.version) for found in versions_of(client, name))
     shown = ", ".join(map(str, numbers)) if len(numbers) <= 10 else f"{numbers[0]} to {numbers[-1]}"
     raise RegistryError(f"{name} has no version {number}; its versions: {shown or 'none'}") from None
 
 
-def versions_of(client: MlflowClient, name: str, also: str = "") -> list[ModelVersion]:
-    """Every version of a model, first ones first; `also` narrows MLflow's filter ("and tags.step_key = '...'")."""
-    found = pages(client.search_model_versions, filter_string=f"name = '{name}' {also}".strip())
-    return sorted(found, key=lambda version: int(version.version))
+def versions_of(client: MlflowClient, name: str | None = None, also: str = "") -> list[ModelVersion]:
+    """Every version of a model, or of all, first ones first; `also` narrows it in MLflow's words ("tags.sigma = '2'")."""
+    wanted = " and ".join(part for part in (f"name = '{name}'" if name else "", also) if part)
+    found = pages(client.search_model_versions, filter_string=wanted or None)
+    return sorted(found, key=lambda version: (version.name, int(version.version)))
+
+
+def fetch(version: ModelVersion, part: str, folder: str | Path) -> Path:
+    """A file or folder of a version's files, in `folder`; raises what MLflow does when there is none. Within `connected`."""
+    uri = f"models:/{version.name}/{version.version}/{part}"
+    return Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
 
 
 def pages(search: Callable[..., Any], **arguments: Any) -> list[Any]:
@@ -126,16 +149,50 @@ def pages(search: Callable[..., Any], **arguments: Any) -> list[Any]:
     return rows
 
 
-def _said(error: MlflowException, uri: str) -> str:
+def version_uri(text: str, alias: str = CHAMPION) -> str:
+    """NAME@ALIAS and NAME/VERSION, with or without models:/ before them, as a models:/ URI; of a plain NAME, its champion."""
+    name = text.removeprefix("models:/")
+    return f"models:/{name}" if "@" in name or "/" in name else f"models:/{name}@{alias}"
+
+
+def when(milliseconds: int | None) -> str:
+    """A time of MLflow's, in UTC."""
+    return datetime.fromtimestamp((milliseconds or 0) / 1000, UTC).isoformat(timespec="seconds")
+
+
+def who_am_i() -> str:
+    """Who is told to have done something: MLflow's user name, or user@host where there is none."""
+    if named := os.environ.get("MLFLOW_TRACKING_USERNAME"):
+        return named
+    try:
+        return f"{getpass.getuser()}@{socket.gethostname()}"
+    except (KeyError, OSError):  # a container without a user entry
+        return socket.gethostname()
+
+
+def _said(error: Exception, uri: str) -> str:
     text = " ".join(str(error).split())
+    code = getattr(error, "error_code", "")
     scheme, separator, rest = uri.partition("://")
     shown = f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else uri  # without a password
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
     if "HTTPConnectionPool" in text or "Max retries" in text or "Connection refused" in text:
         return (
             f"the MLflow server at {shown} does not answer: start it, or set MLFLOW_TRACKING_URI to another"
         )
-    if "401" in text or "UNAUTHENTICATED" in text:
+    if code == "UNAUTHENTICATED":
+        if user:
+            return f"the MLflow server at {shown} does not know {user!r} with this password: see MLFLOW_TRACKING_PASSWORD"
         return (
             f"the MLflow server at {shown} refuses: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
+    if code == "PERMISSION_DENIED":
+        return f"{user or 'this user'} may not do that in the MLflow at {shown}: ask its administrator for the permission"
+    if "readonly database" in text or "unable to open database file" in text:
+        doing = "write" if "readonly" in text else "open"
+        return (
+            f"this user may not {doing} MLflow's database {shown}: ask for write permission on the file and its folder"
+        )
+    if "database is locked" in text:
+        return f"MLflow's database {shown} is busy with somebody else's work: try again"
     return f"MLflow at {shown}: {text[:400]}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,8 +25,14 @@ from pipelines.tracking import Tracking, shown
 UNTIL = ("shard", "edges", "train", "evaluate", "register")
 
 
-def build_workflow(recipe: Recipe, tracking: Tracking | None = None, until: str = "register") -> Workflow:
-    """The steps of a recipe, none of which has run yet; `until` ends the chain early.
+def build_workflow(
+    recipe: Recipe,
+    tracking: Tracking | None = None,
+    until: str = "register",
+    sweep: Mapping[str, str] | None = None,
+) -> Workflow:
+    """The steps of a recipe, none of which has run yet; `until` ends the chain early, `sweep` is where its values are
+    from (for the version's record).
 
     Raises ValueError in one line when the source holds no photographs.
     """
@@ -33,6 +40,7 @@ def build_workflow(recipe: Recipe, tracking: Tracking | None = None, until: str 
         "tracking": None if tracking is None else vars(tracking),
         "scaling": recipe.scaling.model_dump(),
         "recipe": recipe.to_yaml(),
+        "sweep": sweep,
     }
     steps = [shard_step(recipe)]
     sigmas = {key: edge_sigmas(recipe, key) for key in recipe.models}
@@ -62,7 +70,7 @@ def build_workflow(recipe: Recipe, tracking: Tracking | None = None, until: str 
             steps.append(
                 Step(
                     f"register-{key}",
-                    Later("model_steps", "register"),
+                    Later("registering", "register"),
                     config,
                     needs,
                     outside="pipelines.tracking:still_registered",
@@ -84,15 +92,15 @@ def with_parent(workflow: Workflow, parent: str) -> Workflow:
 
 
 def shard_step(recipe: Recipe) -> Step:
-    data = recipe.data
-    source = open_source(data.source, tile=data.size)
-    keys = ("size", "margin", "crop", "format", "quality", "val", "test", "shard_photos", "max_rejects")
-    config = {
-        "source": source.uri,
-        "listing": listing_digest(source),
-        **{key: getattr(data, key) for key in keys},
-    }
+    source = open_source(recipe.data.source, tile=recipe.data.size)
+    config = {**sharding(recipe), "source": source.uri, "listing": listing_digest(source)}
     return Step("shard", Later("steps", "shard"), config)
+
+
+def sharding(recipe: Recipe) -> dict[str, Any]:
+    """The fields that make the shards what they are."""
+    keys = "source size margin crop format quality val test shard_photos max_rejects".split()
+    return {key: getattr(recipe.data, key) for key in keys}
 
 
 def train_step(recipe: Recipe, key: str, sigmas: tuple[float, ...]) -> Step:

@@ -1,0 +1,85 @@
+"""A version in another format: ONNX, its own program, or weights; checked against the version's program first."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+
+from models.base import Model
+from pipelines.loading import load_program, safely
+from pipelines.onnx_export import CHECKED, compared, export_onnx, request, runner
+from pipelines.versions import CHECKPOINT, RegistryError, connected, fetch, find_version
+from pipelines.weights import DESCRIPTION, WEIGHTS, load_weights
+
+FORMATS = ("onnx", "pt2", "safetensors")
+PROGRAM = "data/model.pt2"
+KEPT = ("sigma", "size", "hole_range")  # of what is on record, in an ONNX file
+
+
+def export_version(
+    uri: str, form: str, out: Path, *, size: int | None = None, tracking_uri: str | None = None
+) -> dict[str, Any]:
+    """Write a version (models:/NAME@ALIAS, models:/NAME/VERSION) to the file `out`; nothing is written before the check.
+
+    onnx: as export_onnx (`size`: for one size only). pt2: the version's program, for torch.export.load. safetensors: all
+    networks, critics too, with a description beside it (out.json): in a folder of its own, as model.safetensors, a
+    checkpoint folder. Keys of what is returned: name, version, path, bytes, difference (the largest of what is written
+    from the version's program, over inputs of several shapes: at most 1e-5, or where float32 alone errs by more, ten
+    times that). ValueError in one line: no such version; one that an earlier release registered, without its networks;
+    what differs, or ONNX cannot express. RuntimeError: the packages of the extra `onnx` are not installed.
+    """
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: name a file, for example {out / f'model.{form}'}")
+    with (
+        connected(tracking_uri) as client,
+        safely(),
+        tempfile.TemporaryDirectory(prefix="inpaint-export-") as folder,
+    ):
+        version = find_version(client, uri)
+        label = f"{version.name} version {version.version}"
+        _, program = load_program(version, folder)
+        model, about = rebuilt(version, folder)
+        completion = model.completion().cpu().eval()
+        if form == "onnx":
+            path = Path(folder, "model.onnx")
+            kept = {key: about[key] for key in KEPT if about.get(key) is not None}
+            export_onnx(model, path, size, {**kept, "version": label})
+            files, compute = {out: path}, runner(path)
+        elif form == "pt2":
+            files = {out: Path(folder, PROGRAM)}
+            compute = torch.export.load(files[out]).module()
+        else:
+            weights = Path(folder, CHECKPOINT)
+            files = {out: weights / WEIGHTS, out.with_suffix(".json"): weights / DESCRIPTION}
+            compute = completion
+        shapes = CHECKED if size is None else [(b, size, size) for b in (1, 2)]
+        checked = [
+            compared(compute, completion, request(*shape), f"{form} of {label}", program) for shape in shapes
+        ]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for target, source in files.items():
+            shutil.copyfile(source, target)
+    return {
+        "name": version.name,
+        "version": str(version.version),
+        "path": str(out),
+        "bytes": out.stat().st_size,
+        "difference": max(found["difference"] for found in checked),
+    }
+
+
+def rebuilt(version: ModelVersion, folder: str) -> tuple[Model, dict[str, Any]]:
+    """The model that a version was exported from, with all its networks, and what is on record about it."""
+    try:
+        return load_weights(fetch(version, CHECKPOINT, folder))
+    except (MlflowException, OSError) as error:
+        raise RegistryError(
+            f"{version.name} version {version.version} was registered by an earlier release, without its networks: only "
+            "its program is there; register it anew to export it"
+        ) from error
