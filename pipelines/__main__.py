@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from pipelines.model_commands import add_models
+
 MODEL = "models:/NAME@ALIAS, models:/NAME/VERSION or a checkpoint folder"
 RECIPE = "name of a shipped recipe, or a YAML file"
 
@@ -201,40 +203,7 @@ def parser() -> argparse.ArgumentParser:
     )
     bring.add_argument("--tracking", help="MLflow's address")
 
-    models = add("models", "look models up in the registry, promote them, take them back", "models list")
-    actions = models.add_subparsers(dest="action", metavar="ACTION", required=True)
-
-    def add_action(name: str, text: str, example: str) -> argparse.ArgumentParser:
-        action = add(name, text, f"models {example}", actions)
-        action.add_argument("--tracking", help="MLflow's address")
-        return action
-
-    listing = add_action("list", "all registered models", "list")
-    listing.add_argument("--json", action="store_true", help="as JSON")
-    show = add_action("show", "a model's versions, or all about one version", "show edge_connect@champion")
-    show.add_argument("model", metavar="NAME[@ALIAS|/VERSION]")
-    show.add_argument("--json", action="store_true", help="as JSON")
-    compare = add_action(
-        "compare",
-        "score two versions on the same photographs and masks",
-        "compare models:/edge_connect@champion models:/edge_connect@candidate --images photos --masks center",
-    )
-    compare.add_argument("model", metavar="A", help=MODEL)
-    compare.add_argument("other", metavar="B", help=MODEL)
-    compare.add_argument(
-        "--images", metavar="DIR", default="bundled", help="folder of photographs (%(default)s)"
-    )
-    compare.add_argument("--masks", metavar="DIR_OR_KIND", default="center", help="(%(default)s)")
-    compare.add_argument("--count", type=int, default=100, help="photographs at most (%(default)s)")
-    promote = add_action("promote", "give a version an alias", "promote edge_connect/2 --alias champion")
-    promote.add_argument("model", metavar="NAME/VERSION")
-    promote.add_argument("--alias", default="champion", help="(%(default)s)")
-    promote.add_argument("--reason", default="", help="kept in the history")
-    rollback = add_action(
-        "rollback", "give the alias back to the version that had it before", "rollback edge_connect"
-    )
-    rollback.add_argument("model", metavar="NAME")
-    rollback.add_argument("--alias", default="champion", help="(%(default)s)")
+    add_models(add)
     return top
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from ray.exceptions import OutOfMemoryError, WorkerCrashedError
 
 from pipelines.durable import StepContext, Value, canonical
+from pipelines.tracking import be_patient
 
 PERIOD = 0.2  # seconds between two reports of one step, and between two looks at them
 
@@ -90,6 +91,7 @@ class Board:
 def perform(run: Any, context: StepContext) -> Value:
     """In the task: the step's value, or what went wrong as plain data, since errors do not always survive pickling."""
     host = {"host": socket.gethostname()}
+    be_patient()
     try:
         value = run(context)
         if not isinstance(value, dict):

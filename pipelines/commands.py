@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.model_commands import models as models
+from pipelines.model_text import table
 from pipelines.reading import check_recipe, load_recipe
 from pipelines.recipe import Recipe
 
@@ -61,6 +61,12 @@ def shard(args: argparse.Namespace) -> int:
         f"{len(manifest['shards'])} shards in {out.uri}, {len(manifest['rejects'])} rejects (manifest.json lists them)"
     )
     return 0
+
+
+def sweep(args: argparse.Namespace) -> int:
+    recipe = _recipe(args)
+    best = _sweep(args, recipe, _tracking_for(recipe))
+    return _chain(args, *best, until="register") if args.register else 0
 
 
 def edges(args: argparse.Namespace) -> int:
@@ -138,53 +144,6 @@ def import_(args: argparse.Namespace) -> int:
     tracking = f" --tracking {shown(args.tracking)}" if args.tracking else ""
     print(f"next: inpaint fill models:/{name}/{version} photo.jpg mask.png --out filled.png{tracking}")
     return 0
-
-
-def models(args: argparse.Namespace) -> int:
-    from pipelines import registry
-
-    uri = _tracking(args)
-    if args.action == "list":
-        rows = registry.list_models(uri)
-        if args.json:
-            print(json.dumps(rows, indent=1))
-        elif rows:
-            _print_table(list(rows[0]), [[str(value or "") for value in row.values()] for row in rows])
-        else:
-            print(f"no models are registered at {uri}; `inpaint run demo` registers two")
-    elif args.action == "show":
-        found = registry.show(_model_uri(args.model), uri)
-        print(json.dumps(found, indent=1, default=str) if args.json else _shown(found))
-    elif args.action == "compare":
-        from pipelines.scoring import score_models
-
-        score_models(
-            [args.model, args.other],
-            images=args.images,
-            masks=[args.masks],
-            tracking_uri=uri,
-            count=args.count,
-        )
-    elif args.action == "promote":
-        name, _, version = args.model.removeprefix("models:/").partition("/")
-        before = registry.promote(
-            name, version, args.alias, reason=args.reason or "by hand", tracking_uri=uri
-        )
-        print(
-            f"{name} version {version} is now {args.alias}"
-            + (f" (before: version {before})" if before else "")
-        )
-    else:
-        name = args.model.removeprefix("models:/")
-        version = registry.rollback(name, args.alias, tracking_uri=uri)
-        print(f"{name}: {args.alias} is version {version} again")
-    return 0
-
-
-def sweep(args: argparse.Namespace) -> int:
-    recipe = _recipe(args)
-    best = _sweep(args, recipe, _tracking_for(recipe))
-    return _chain(args, *best, until="register") if args.register else 0
 
 
 def _run(args: argparse.Namespace, until: str) -> int:
@@ -283,12 +242,6 @@ def _tracking(args: argparse.Namespace) -> str:
     return tracking_for(getattr(args, "tracking", None), "inpaint", "runs").uri
 
 
-def _model_uri(text: str) -> str:
-    """NAME, NAME@ALIAS and NAME/VERSION, with or without models:/ before them."""
-    name = text.removeprefix("models:/")
-    return f"models:/{name}" if "@" in name or "/" in name else name
-
-
 def _reporter(show: Any, name: str) -> Any:
     return lambda done, total, note="": show(name, "running", done, total, note)
 
@@ -301,33 +254,5 @@ def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def _shown(found: dict[str, Any]) -> str:
-    """Nested rows as indented lines."""
-    lines: list[str] = []
-
-    def walk(value: Any, name: str, depth: int) -> None:
-        indent = "  " * depth
-        if isinstance(value, dict) and value:
-            lines.append(f"{indent}{name}:")
-            for key, inner in value.items():
-                walk(inner, str(key), depth + 1)
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            for index, inner in enumerate(value):
-                walk(inner, f"{name}[{index}]", depth)
-        elif isinstance(value, str) and "\n" in value:
-            lines.append(f"{indent}{name}:")
-            lines.extend(f"{indent}  {line}" for line in value.splitlines())
-        elif value not in (None, "", {}, []):
-            lines.append(f"{indent}{name}: {value}")
-
-    for key, value in found.items():
-        walk(value, key, 0)
-    return "\n".join(lines)
-
-
 def _print_table(head: list[str], rows: list[list[str]]) -> None:
-    table = [head, *[[str(cell) for cell in row] for row in rows]]
-    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    sys.stdout.flush()
+    print("\n".join(table([dict(zip(head, row, strict=True)) for row in rows])), flush=True)

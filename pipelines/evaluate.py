@@ -96,8 +96,8 @@ def evaluate(
     """Score every completer on the same photographs (name, uint8 [H,W,3]) and masks.
 
     A method that cannot complete a hole is listed with its reason, and the others go on. `pool` replaces the feature
-    stack that spec.distance names; `truth` is what `truth_features` found on the same photographs. ValueError: no photographs or methods, a crop larger than a photograph;
-    FileNotFoundError: feature weights that are not there.
+    stack that spec.distance names; `truth` is what `truth_features` found on the same photographs. ValueError: no
+    photographs or methods, a crop larger than a photograph; FileNotFoundError: feature weights that are not there.
     """
     chosen = list(islice(photos, spec.count))
     if not chosen or not completers:

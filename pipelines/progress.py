@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-EVERY = 5.0  # seconds between two lines of one step in a log
-MARKS = {"finished": "✓", "cached": "✓", "failed": "✗", "retry": "↻"}
+EVERY = 5.0  # seconds between two lines of one step in a log at least; more of them as it takes longer
+MARKS = {"finished": "✓", "cached": "✓", "failed": "✗", "retry": "↻", "stopped": "■"}
 
 
 def eta(done: float, total: float, seconds: float) -> str:
@@ -35,8 +35,9 @@ class _Left(ProgressColumn):
 class Show:
     """A context in which `show(name, state, done, total, note)` draws. Steps appear in the order they start.
 
-    States: running, cached (found finished), finished, retry, failed. The ETA counts from the first report
-    of this run, so that a resumed training is not credited with what an earlier run did.
+    States: running, cached (found finished), finished, retry, failed, stopped. `step/part` is a part of a step, such as
+    a trial of a sweep: it is shown while it runs, and counts for its step as far as it has come. The ETA counts from
+    the first report of this run, so that a resumed training is not credited with what an earlier run did.
     """
 
     def __init__(self, stream: Console | None = None) -> None:
@@ -46,6 +47,8 @@ class Show:
         self._first: dict[str, tuple[float, float]] = {}
         self._said: dict[str, tuple[float, str]] = {}
         self._started: dict[str, float] = {}
+        self._parts: dict[str, dict[str, float]] = {}
+        self._whole: dict[str, tuple[float, float, str]] = {}
 
     def __enter__(self) -> Show:
         if self.console.is_terminal:
@@ -70,6 +73,13 @@ class Show:
         sys.stdout.flush()
 
     def __call__(self, name: str, state: str, done: float = 0, total: float = 0, note: str = "") -> None:
+        step, _, part = name.partition("/")
+        parts = self._parts.setdefault(step, {})
+        if part:
+            parts[part] = done / total if state == "running" and total else 0.0
+        elif total:
+            self._whole[name] = done, total, note
+            done = min(done + sum(parts.values()), total)
         now = time.monotonic()
         started = self._started.setdefault(name, now)
         if state == "running" and total and name not in self._first:
@@ -79,6 +89,8 @@ class Show:
             self._draw(name, state, done, total, note, since, base)
         else:
             self._say(name, state, done, total, note, now, since, base)
+        if part and step in self._whole:
+            self(step, "running", *self._whole[step])
 
     def _draw(
         self, name: str, state: str, done: float, total: float, note: str, since: float, base: float
@@ -86,15 +98,29 @@ class Show:
         assert self._bars is not None
         if name not in self._tasks:
             self._tasks[name] = self._bars.add_task(
-                name, total=None, mark=" ", count="", note="", worked=0, todo=0, since=lambda: 0.0
+                f"  {name.partition('/')[2]}" if "/" in name else name,
+                total=None,
+                mark=" ",
+                count="",
+                note="",
+                worked=0,
+                todo=0,
+                since=lambda: 0.0,
             )
         over = state in ("finished", "cached")
+        if "/" in name and state not in ("running", "retry"):
+            self._bars.remove_task(self._tasks.pop(name))
+            took = time.monotonic() - self._started.pop(name)
+            self.console.print(
+                f"{MARKS[state]} {name.partition('/')[2]}: {note} ({took:.0f} s)", markup=False
+            )
+            return
         self._bars.update(
             self._tasks[name],
             total=1 if over else (total or None),
             completed=1 if over else done,
             mark=MARKS.get(state, " "),
-            count="" if over or not total else f"{done:.0f}/{total:.0f}",
+            count="" if over or not total else f"{int(done)}/{int(total)}",
             note="found finished" if state == "cached" else note,
             worked=0 if over else done - base,
             todo=total - base,
@@ -115,17 +141,19 @@ class Show:
         base: float,
     ) -> None:
         last, last_state = self._said.get(name, (-EVERY, ""))
-        if state == last_state and now - last < EVERY:
+        if state == last_state and now - last < max(EVERY, (now - self._started[name]) / 20):
             return
         self._said[name] = (now, state)
         if state == "running" and total:
             left = eta(done - base, total - base, now - since)
-            text = f"{done:.0f}/{total:.0f} ({100 * done / total:.0f} %)" + (f", ETA {left}" if left else "")
-            text += f", {note}" if note else ""
+            share = f"{int(done)}/{int(total)} ({100 * done / total:.0f} %)"
+            text = ", ".join(filter(None, [share, f"ETA {left}" if left else "", note]))
         elif state == "finished":
             text = f"finished in {now - self._started[name]:.1f} s" + (f", {note}" if note else "")
         elif state == "cached":
             text = "found finished"
         else:
             text = f"{state}: {note}" if note else state
-        self.console.print(f"{MARKS.get(state, ' ')} {name:<24} {text}", markup=False, soft_wrap=True)
+        self.console.print(
+            f"{MARKS.get(state, ' ')} {name.replace('/', ': '):<24} {text}", markup=False, soft_wrap=True
+        )

@@ -7,17 +7,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 from ray.tune.search import Searcher
 
 from data_prep.storage import Storage
 from pipelines.metrics import higher_is_better
 from pipelines.recipe import Domain, Recipe
-from pipelines.space import Values, keeps, settings, sweep_of
+from pipelines.space import Link, Values, keeps, settings, sweep_of
 from pipelines.sweep_result import FAILED, FINISHED, SEED, Trial
-
-Link = tuple[int, Values]  # a part of a training: it ends at this step, and ran with these values
 
 RUNNING = "running"
 TRIES = 50  # proposals of values that were had before, or break a constraint, before a search is at its end
@@ -145,7 +143,10 @@ def propose_by_optuna(recipe: Recipe, trials: Sequence[Trial], number: int) -> V
         sampler = optuna.samplers.TPESampler(
             seed=recipe.seed * 100_003 + number * TRIES + attempt, multivariate=True, constant_liar=True
         )
-        directions = ["maximize" if higher_is_better(metric) else "minimize" for metric in sweep.metrics]
+        up = [higher_is_better(metric) for metric in sweep.metrics]
+        directions: list[Literal["maximize", "minimize"]] = [
+            "maximize" if each else "minimize" for each in up
+        ]
         study = optuna.create_study(directions=directions, sampler=sampler)
         for trial in trials:
             study.add_trial(_known(trial, distributions, fields, sweep.metrics))
@@ -175,8 +176,8 @@ def _known(
     from optuna.trial import TrialState, create_trial
 
     params = {p: trial.values[p] if fields[p].range else json.dumps(trial.values[p]) for p in distributions}
-    scores = [trial.scores.get(metric) for metric in metrics]
-    if trial.state == FINISHED and None not in scores:
+    scores = [trial.scores[metric] for metric in metrics if metric in trial.scores]
+    if trial.state == FINISHED and len(scores) == len(metrics):
         return create_trial(params=params, distributions=distributions, values=scores)
     if trial.state == RUNNING:
         return create_trial(params=params, distributions=distributions, state=TrialState.RUNNING)

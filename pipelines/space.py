@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from models.base import Model, Phase
 
 Values = dict[str, Any]
+Link = tuple[int, Values]
+"""A part of a training: it ends at this step, and ran with these values."""
 PATIENCE = 1000  # draws without a new setting after which there is none
 
 _OPERATORS: dict[type, Callable[..., Any]] = {

@@ -78,7 +78,7 @@ class SweepResult:
     model: str
     """The recipe's key of the model that was swept."""
     fields: dict[str, dict[str, Any]]
-    """recipe path -> as the recipe has it: {"grid": [...]}, {"uniform": [a, b]}, {"loguniform": [a, b]}, {"choice": [...]}."""
+    """recipe path -> as the recipe says: {"grid": [...]}, {"uniform": [a, b]}, {"loguniform": [a, b]}, {"choice": [...]}."""
     metrics: tuple[str, ...]
     """The first one says which setting is best."""
     trials: tuple[Trial, ...]

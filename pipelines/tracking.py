@@ -80,6 +80,11 @@ class Tracking:
             ) from None
 
 
+def be_patient() -> None:
+    """Have this process wait minutes for a server that is away: work of hours must not be lost to a restart."""
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "7"
+
+
 def tracking_for(uri: str | None, experiment: str, storage: str) -> Tracking:
     """The recipe's address, else MLFLOW_TRACKING_URI, else a SQLite file beside a folder storage.
 

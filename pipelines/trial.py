@@ -6,9 +6,10 @@ Killed at any point it is found where it was: its steps have manifests and check
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from data_prep.storage import Storage
 from pipelines import tracking
+from pipelines.attempt import Progress
 from pipelines.durable import Step, StepContext, StepFailed, Value, Workflow
 from pipelines.lease import StorageBusy
-from pipelines.proposals import Link
 from pipelines.recipe import Recipe
-from pipelines.space import Values, milestones, swept_model, trial_recipe
+from pipelines.space import Link, Values, milestones, swept_model, trial_recipe
 from pipelines.sweep_result import SEED, in_words
 from pipelines.tracking import Tracking
 from pipelines.workflow import Later, edge_sigmas, edges_name, train_step
@@ -48,7 +49,12 @@ class Trials:
     total: int
     run: str
     tracking: Tracking | None
-    progress: Callable[..., None]
+    progress: Progress
+
+
+def label(number: int, values: Mapping[str, Any]) -> str:
+    """What a trial is called where it is shown."""
+    return f"trial {number} {in_words(_short(values))}"
 
 
 def run_trial(config: dict[str, Any], trials: Trials) -> None:
@@ -59,6 +65,7 @@ def run_trial(config: dict[str, Any], trials: Trials) -> None:
     trial = Trial(trials, int(name.rpartition("-")[2]), dict(config["values"]))
     chain = _read_pointer(tune.get_checkpoint()) or trial.known_chain()
     began = time.monotonic()
+    tracking.be_patient()
     steps = chain[-1][0] if chain else trials.start
     try:
         with trial.tracked():
@@ -83,10 +90,8 @@ def run_trial(config: dict[str, Any], trials: Trials) -> None:
 class Trial:
     def __init__(self, trials: Trials, number: int, values: Values) -> None:
         self.trials, self.number, self.values = trials, number, values
-        self.run = ""
-        self.label = f"trial-{number:03d}"
-        child = getattr(trials.progress, "child", None)
-        self.report = child(f"{self.label} {in_words(_short(values))}") if child else trials.progress
+        self.run, self.name = "", f"trial-{number:04d}"
+        self.report = trials.progress.child(label(number, values))
 
     def show(self, done: float, total: float, note: str = "", state: str = "running") -> None:
         self.report(done, total, note, state)
@@ -98,15 +103,20 @@ class Trial:
             key = f"{self.trials.key}/{self.number}"
             place = self.trials.tracking
             self.run = tracking.open_run(
-                place, key, self.label, self.trials.run, {"inpaint.trial": str(self.number)}
+                place, key, self.name, self.trials.run, {"inpaint.trial": str(self.number)}
             )
             # said once: what population-based training changes later is logged as metrics
-            tracking.log_params(place.client(), self.run, self._entry()["trial"]["values"])
+            tracking.log_params(place.client(), self.run, self._first_values())
         yield
 
     def known_chain(self) -> list[Link]:
         """What an earlier life of the sweep has trained of it."""
         return [(int(until), values) for until, values in self._entry()["chain"]]
+
+    def _first_values(self) -> Values:
+        trial = self._entry()["trial"]
+        first: Values = trial["changes"][0][1] if trial["changes"] else trial["values"]
+        return first
 
     def _entry(self) -> dict[str, Any]:
         path = f"{self.trials.local['trials']}/{self.number:04d}.json"
@@ -129,7 +139,8 @@ class Trial:
 
     def score(self, chain: Sequence[Link]) -> dict[str, Any]:
         value = self.perform(chain, "score", score_step(self.recipe, self.steps(chain)[-1].name))
-        self.show(1, 1, "", "finished")
+        metrics = self.trials.recipe.sweep.metrics if self.trials.recipe.sweep else ()
+        self.show(1, 1, in_words({m: value["scores"].get(m, math.nan) for m in metrics}), "finished")
         return {"scores": value["scores"], "evaluation": value["evaluation"]}
 
     def perform(self, chain: Sequence[Link], wanted: str, *more: Step) -> Value:
@@ -138,7 +149,7 @@ class Trial:
         where = None if trials.tracking is None else vars(trials.tracking)
         local = {**trials.local, "tracking": where, "run": self.run, "parent": trials.run}
         steps = [replace(step, local={**local, **step.local}) for step in [*self.steps(chain), *more]]
-        workflow = Workflow(f"{trials.key}-{self.label}", steps, trials.storage, trials.given)
+        workflow = Workflow(f"{trials.key}-{self.name}", steps, trials.storage, trials.given)
         while True:
             try:
                 return workflow.run(self._show)[wanted]

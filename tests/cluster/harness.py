@@ -40,10 +40,11 @@ RECIPE = {
 
 @dataclass
 class Run:
-    """`inpaint run` on one storage, as often as a test likes."""
+    """`inpaint run` (or another command) on one storage, as often as a test likes."""
 
     folder: Path
     recipe: dict = field(default_factory=lambda: json.loads(json.dumps(RECIPE)))
+    command: str = "run"
     output: str = ""
 
     def __post_init__(self) -> None:
@@ -57,7 +58,7 @@ class Run:
         path = self.folder / "small.yaml"
         path.write_text(yaml.safe_dump(self.recipe))
         where = ["--storage", str(self.storage)] if storage else []
-        command = [sys.executable, "-m", "pipelines", "run", str(path), *where, *more]
+        command = [sys.executable, "-m", "pipelines", self.command, str(path), *where, *more]
         return subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -86,12 +87,13 @@ class Run:
         found = self.storage.glob("manifests/*.json")
         return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
 
+    def value(self, step: str) -> dict:
+        """The value of a finished step."""
+        (manifest,) = self.storage.glob(f"manifests/*-{step}.json")
+        return json.loads(manifest.read_text())["value"]
+
     def weights(self, model: str) -> str:
-        (manifest,) = self.storage.glob(f"manifests/*-train-{model}.json")
-        value = json.loads(manifest.read_text())["value"]
-        return hashlib.sha256(
-            (self.storage / value["weights"] / "model.safetensors").read_bytes()
-        ).hexdigest()
+        return digest(self.storage / self.value(f"train-{model}")["weights"])
 
     def rows(self, query: str) -> list[tuple]:
         with sqlite3.connect(self.storage / "mlflow.db") as database:
@@ -113,6 +115,11 @@ class Finished:
     run: Run
     weights: dict[str, str]
     points: int
+
+
+def digest(folder: Path) -> str:
+    """Of a checkpoint folder's weights."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
 def clean_environment() -> dict[str, str]:

@@ -1,0 +1,212 @@
+"""Sweeps on a real Ray: killed and gone on with, a trial that always fails, weights that change, a server that is away."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from harness import Run, clean_environment, digest, family, kill, wait_for
+
+from pipelines.reading import load_recipe
+from pipelines.sweep_result import FAILED, FINISHED, STOPPED, SweepResult
+
+pytestmark = pytest.mark.timeout(600)
+
+TRAIN = {"batch": 8, "ema": 0.9, "checkpoint_every": 5, "log_every": 5}
+ENCODER = {"size": 32, "width": 0.1, "overlap": 0}
+EVALUATE = {"count": 8, "samples": 2, "distance": {"crops": 16}}
+
+
+def make_sweep(make_run: Callable[..., Run], name: str, model: dict, steps: dict, **sweep: object) -> Run:
+    run = make_run(
+        name,
+        models={"model": {**model, "train": {"steps": steps}}},
+        train=TRAIN,
+        evaluate=EVALUATE,
+        sweep={"split": "test", **sweep},
+    )
+    run.command = "sweep"
+    return run
+
+
+def result(run: Run) -> SweepResult:
+    return SweepResult.from_json((run.storage / run.value("sweep")["result"]).read_text())
+
+
+def ledger(run: Run) -> list[dict]:
+    """The trials of a sweep that is under way."""
+    found = sorted(run.storage.glob("work/*-sweep/stable/trials/0*.json"))
+    return [json.loads(path.read_text())["trial"] for path in found]
+
+
+def check_runs(run: Run, database: Path | None = None) -> None:
+    """One MLflow run a trial, below the sweep's; no point twice; ended as the trial did."""
+    doubled = run.rows("select run_uuid, key, step, count(*) n from metrics group by 1, 2, 3 having n > 1")
+    assert doubled == []
+    states = {FINISHED: "FINISHED", STOPPED: "KILLED", FAILED: "FAILED"}
+    parent = "select value from tags where key = 'mlflow.parentRunId' and run_uuid ="
+    for trial in result(run).trials:
+        rows = run.rows(f"select status from runs where run_uuid = '{trial.run}'")
+        assert rows == [(states[trial.state],)]
+        assert run.rows(f"{parent} '{trial.run}'") == [(run.value("sweep")["run"],)]
+        logged = dict(run.rows(f"select key, value from params where run_uuid = '{trial.run}'"))
+        assert logged == {path: str(value) for path, value in trial.values.items()}
+    trials = [f"'{trial.run}'" for trial in result(run).trials]
+    assert len(set(trials)) == len(trials)
+
+
+def test_a_killed_sweep_goes_on_where_it_was(make_run: Callable[..., Run]) -> None:
+    """Six trials under successive halving, one of which always fails."""
+    run = make_sweep(
+        make_run,
+        "killed",
+        {"name": "context_encoder", **ENCODER, "lambda_adv": 0},
+        {"train": 20},
+        fields={"model.lambda_rec": [1, 0.1, 3.0e38], "seed": [0, 1]},
+        scheduler="asha",
+        every=5,
+    )
+    driver = run.start()
+    wait_for(lambda: sum(trial["steps"] >= 5 for trial in ledger(run)) >= 3, "three trials that have begun", driver)
+    done = run.manifests()
+    kill(family(driver.pid))
+    driver.wait()
+    begun = {trial["number"]: trial["steps"] for trial in ledger(run)}
+
+    assert run.finish() == 0, run.output
+    for path, was in done.items():
+        assert run.manifests()[path] == was  # no part of a training is done again
+    found = result(run)
+    assert [trial.values["model.lambda_rec"] for trial in found.trials] == [1, 0.1, 3e38] * 2
+    failed = [trial for trial in found.trials if trial.state == FAILED]
+    assert {trial.values["model.lambda_rec"] for trial in failed} == {3e38}
+    assert all("not finite" in trial.reason for trial in failed)
+    assert "not finite" in run.output
+    assert all(trial.steps >= begun.get(trial.number, 0) for trial in found.trials)
+    for trial in found.trials:
+        assert trial.state in (FAILED, STOPPED) or (trial.state == FINISHED and trial.steps == 20)
+        assert trial.state != FINISHED or {"psnr_rgb_hole", "fd"} <= trial.scores.keys()
+        assert trial.state != STOPPED or trial.steps in (5, 15)
+    check_runs(run)
+    assert run.leftovers() == []
+
+    folder = (run.storage / run.value("sweep")["result"]).parent
+    best = load_recipe(str(folder / "best.yaml"))
+    assert best.sweep is None
+    assert best.models["model"].options["lambda_rec"] == found.best.values["model.lambda_rec"]
+    assert (folder / "sweep.html").stat().st_size > 10_000
+
+    assert run.finish() == 0
+    assert "found finished" in run.output
+
+
+def test_what_trials_share_is_trained_once_and_changes_no_bit(make_run: Callable[..., Run]) -> None:
+    """G1 in a sweep of a weight of G2; and edges of a sigma that nobody has made."""
+    model = {"name": "edge_connect", "width": 0.08, "residual_blocks": 1, "lambda_p": 0, "lambda_s": 0}
+    steps = {"edge": 10, "inpaint_canny": 0, "inpaint": 10, "joint": 0}
+    run = make_sweep(make_run, "shared", model, steps, fields={"model.lambda_adv2": [0.5, 0.01]})
+    assert run.finish() == 0, run.output
+    assert run.value("begin-model-0")["steps"] == 10
+    found = result(run)
+    assert [trial.steps for trial in found.trials] == [20, 20]
+
+    plain = make_run("plain", models={"model": {**model, "lambda_adv2": 0.01, "train": {"steps": steps}}})
+    plain.recipe["train"], plain.command = TRAIN, "train"
+    assert plain.finish() == 0, plain.output
+    assert digest(run.storage / found.trials[1].weights) == plain.weights("model")
+    assert digest(run.storage / found.trials[0].weights) != plain.weights("model")
+    edges = run.rows("select status from runs where name = 'trial-001'")
+    assert edges == [("FINISHED",)]
+    curve = f"select step from metrics where key = 'loss/D1' and run_uuid = '{found.trials[1].run}' order by step"
+    assert run.rows(curve) == [(5,), (10,)]  # of the shared beginning: each trial has its whole curve
+    check_runs(run)
+
+
+def test_population_based_training_while_the_server_restarts(make_run: Callable[..., Run]) -> None:
+    run = make_sweep(
+        make_run,
+        "population",
+        {"name": "context_encoder", **ENCODER},
+        {"train": 20},
+        fields={"model.lambda_adv": {"loguniform": [1e-4, 1]}},
+        search="random",
+        scheduler="pbt",
+        every=5,
+        budget={"trials": 4},
+    )
+    run.storage.mkdir()
+    server = Server(run.storage)
+    server.start()
+    try:
+        driver = run.start("--tracking", server.uri)
+        wait_for(lambda: any(trial["steps"] >= 5 for trial in ledger(run)), "a first part", driver)
+        server.stop()
+        before = max(trial["steps"] for trial in ledger(run))
+        wait_for(
+            lambda: run.storage.glob(f"work/*-train-model-{before + 5}/stable/*/step-*"),
+            "training without the server",
+            driver,
+        )
+        server.start()
+        assert run.finish(driver) == 0, run.output
+    finally:
+        server.stop()
+    found = result(run)
+    assert [(trial.state, trial.steps) for trial in found.trials] == [(FINISHED, 20)] * 4
+    changed = [trial for trial in found.trials if trial.changes]
+    assert changed
+    for trial in changed:
+        key = "value/model.lambda_adv"
+        rows = run.rows(f"select step, value from metrics where key = '{key}' and run_uuid = '{trial.run}'")
+        logged = dict(rows)
+        for step, values in trial.changes:
+            assert logged[step + 5] == pytest.approx(values["model.lambda_adv"])
+    check_runs(run)
+    html = (run.storage / run.value("sweep")["result"]).with_name("sweep.html").read_text()
+    assert yaml.safe_load((run.storage / run.value("sweep")["result"]).with_name("best.yaml").read_text())
+    assert "model.lambda_adv" in html
+
+
+class Server:
+    """A real MLflow server over a SQLite file, which can be ended and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        store, artifacts = f"sqlite:///{self.folder / 'mlflow.db'}", str(self.folder / "artifacts")
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--backend-store-uri", store, "--artifacts-destination", artifacts, "--workers", "1"]
+        self.process = subprocess.Popen(
+            command,
+            env=clean_environment() | {"PYTHONUNBUFFERED": "1", "PATH": os.environ["PATH"]},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 90
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=1)
+                return
+            except OSError:
+                assert time.monotonic() < deadline, "MLflow's server does not start"
+                time.sleep(0.1)
+
+    def stop(self) -> None:
+        if self.process:
+            kill(family(self.process.pid))
+            self.process.wait()
+            self.process = None
