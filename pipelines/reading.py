@@ -63,58 +63,15 @@ def check_recipe(recipe: Recipe) -> None:
 
     Imports torch. Raises RecipeError in one line, before anything has run.
     """
-    import torch
-
     from data_prep.masks import open_masks
-    from models import build_model
     from pipelines.distances import pooled_features
     from pipelines.evaluate import EvaluationSpec
     from pipelines.metrics import DEFINITIONS
-    from pipelines.resources import local_options
 
-    def check(field: str, attempt: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        try:
-            return attempt(*arguments, **options)
-        except (ValueError, TypeError, OSError) as error:
-            raise RecipeError(f"{field}: {error}") from None
-
-    for key, section in recipe.models.items():
-        with torch.device("meta"):
-            model = check(
-                f"models.{key}",
-                build_model,
-                section.name,
-                **check(f"models.{key}", local_options, section.options),
-            )
-        for option, value in vars(model.options).items():
-            if option.startswith("lambda_") and (value or 0) < 0:
-                raise RecipeError(f"models.{key}.{option} = {value:g}: a weight is not negative")
-        trained = getattr(model.options, "size", recipe.data.size)
-        if trained != recipe.data.size or recipe.data.size % model.multiple:
-            wanted = f"{trained}" if trained != recipe.data.size else f"a multiple of {model.multiple}"
-            raise RecipeError(
-                f"data.size = {recipe.data.size}: models.{key} ({section.name}) trains on {wanted} pixels"
-            )
-        if model.takes_edges and not model.needs_edges and recipe.edges_of(key).source != "full":
-            raise RecipeError(
-                f"edges.source = {recipe.edges_of(key).source}: models.{key} learns to follow the edges inside the hole, "
-                "which only full has"
-            )
-        phases = [phase.name for phase in model.phases]
-        steps = recipe.train_of(key).steps
-        for name in steps:
-            if name not in phases:
-                near = nearest(name, phases)
-                raise RecipeError(
-                    f"train.steps.{name}: {section.name} has the phases {', '.join(phases)}{near}"
-                )
-        for phase in model.phases:
-            if steps.get(phase.name, phase.steps):
-                check(f"models.{key}", model.prepare, phase)
-        masks = recipe.masks_of(key)
-        check("masks", open_masks, masks)
+    for key in recipe.models:
+        check_model(recipe, key)
     for kind in recipe.evaluate.masks:
-        check("evaluate.masks", open_masks, kind)
+        _check("evaluate.masks", open_masks, kind)
     if recipe.evaluate.metric not in DEFINITIONS:
         near = nearest(recipe.evaluate.metric, list(DEFINITIONS))
         raise RecipeError(
@@ -122,7 +79,52 @@ def check_recipe(recipe: Recipe) -> None:
         )
     spec = EvaluationSpec.of(recipe.evaluate.model_dump(mode="json"))
     if spec.distance is not None:
-        check("evaluate.distance", pooled_features, spec.distance)
+        _check("evaluate.distance", pooled_features, spec.distance)
+
+
+def check_model(recipe: Recipe, key: str) -> None:
+    """The part of `check_recipe` that is about one model and how it is trained."""
+    import torch
+
+    from data_prep.masks import open_masks
+    from models import build_model
+    from pipelines.resources import local_options
+
+    section = recipe.models[key]
+    with torch.device("meta"):
+        options = _check(f"models.{key}", local_options, section.options)
+        model = _check(f"models.{key}", build_model, section.name, **options)
+    for option, value in vars(model.options).items():
+        if option.startswith("lambda_") and (value or 0) < 0:
+            raise RecipeError(f"models.{key}.{option} = {value:g}: a weight is not negative")
+    trained = getattr(model.options, "size", recipe.data.size)
+    if trained != recipe.data.size or recipe.data.size % model.multiple:
+        wanted = f"{trained}" if trained != recipe.data.size else f"a multiple of {model.multiple}"
+        raise RecipeError(
+            f"data.size = {recipe.data.size}: models.{key} ({section.name}) trains on {wanted} pixels"
+        )
+    if model.takes_edges and not model.needs_edges and recipe.edges_of(key).source != "full":
+        raise RecipeError(
+            f"edges.source = {recipe.edges_of(key).source}: models.{key} learns to follow the edges inside the hole, "
+            "which only full has"
+        )
+    phases = [phase.name for phase in model.phases]
+    steps = recipe.train_of(key).steps
+    for name in steps:
+        if name not in phases:
+            near = nearest(name, phases)
+            raise RecipeError(f"train.steps.{name}: {section.name} has the phases {', '.join(phases)}{near}")
+    for phase in model.phases:
+        if steps.get(phase.name, phase.steps):
+            _check(f"models.{key}", model.prepare, phase)
+    _check("masks", open_masks, recipe.masks_of(key))
+
+
+def _check(field: str, attempt: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    try:
+        return attempt(*arguments, **options)
+    except (ValueError, TypeError, OSError) as error:
+        raise RecipeError(f"{field}: {error}") from None
 
 
 def _override(raw: dict[str, Any], text: str) -> None:

@@ -7,11 +7,12 @@ import itertools
 import json
 import operator
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.reading import RecipeError, nearest, parse_recipe
+from pipelines.reading import RecipeError, check_model, check_recipe, nearest, parse_recipe
 from pipelines.recipe import Domain, Recipe, Sweep
 from pipelines.sweep_result import SEED, in_words
 
@@ -123,7 +124,6 @@ def keeps(recipe: Recipe, values: Values) -> bool:
 def check_sweep(recipe: Recipe) -> None:
     """Try every value (of ranges both ends) in its field. RecipeError in one line, before anything has run."""
     from pipelines.metrics import DEFINITIONS
-    from pipelines.reading import check_recipe
     from pipelines.workflow import sharding, train_step
 
     sweep, key = sweep_of(recipe), swept_model(recipe)
@@ -134,6 +134,12 @@ def check_sweep(recipe: Recipe) -> None:
                 f"sweep.metrics: no {metric!r} among {', '.join(known)}{nearest(metric, known)}"
             )
     first = {path: _probes(domain)[0] for path, domain in sweep.fields.items()}
+    for text in sweep.constraints:
+        _holds(text, recipe, first)
+    if sweep.search == "grid" and next(settings(recipe), None) is None:
+        raise RecipeError("sweep.constraints leave no setting of the grid")
+    if sweep.search == "optuna" and len(sweep.fields.get(SEED, Domain(grid=(0,))).values) > 1:
+        raise RecipeError("sweep.fields.seed: optuna takes one seed; repeat its best settings in a grid")
     for path, domain in sweep.fields.items():
         found = []
         for value in _probes(domain):
@@ -141,18 +147,13 @@ def check_sweep(recipe: Recipe) -> None:
                 trial = trial_recipe(recipe, first | {path: value})
                 if sharding(trial) != sharding(recipe):
                     raise RecipeError("all trials share their shards: give each its own recipe")
-                check_recipe(trial)
+                check_model(trial, key)
             except RecipeError as error:
                 raise RecipeError(f"sweep.fields.{path} = {value!r}: {error}") from None
             found.append(train_step(trial, key, ()).config)
         if len(found) > 1 and all(config == found[0] for config in found):
             raise RecipeError(f"sweep.fields.{path}: its values make no difference to the training of {key}")
-    for text in sweep.constraints:
-        _holds(text, recipe, first)
-    if sweep.search == "grid" and next(settings(recipe), None) is None:
-        raise RecipeError("sweep.constraints leave no setting of the grid")
-    if sweep.search == "optuna" and len(sweep.fields.get(SEED, Domain(grid=(0,))).values) > 1:
-        raise RecipeError("sweep.fields.seed: optuna takes one seed; repeat its best settings in a grid")
+    check_recipe(trial_recipe(recipe, first))
 
 
 def shared_steps(recipe: Recipe) -> int:
@@ -206,13 +207,18 @@ def milestones(sweep: Sweep, start: int, total: int) -> list[int]:
 
 
 def _built(trial: Recipe, key: str) -> Model:
+    return _model(trial.models[key].name, trial.models[key].options)
+
+
+def _model(name: str, options: Values) -> Model:
+    """Without memory for its weights: what it says of itself is all that is asked."""
     import torch
 
     from models import build_model
     from pipelines.resources import local_options
 
     with torch.device("meta"):
-        return build_model(trial.models[key].name, **local_options(trial.models[key].options))
+        return build_model(name, **local_options(options))
 
 
 def _only(recipe: Recipe, key: str) -> dict[str, Any]:
@@ -282,13 +288,19 @@ def _value(node: ast.expr, recipe: Recipe, values: Values) -> Any:
 def _field(path: str, recipe: Recipe, values: Values) -> Any:
     if path in values:
         return values[path]
-    trial, key = trial_recipe(recipe, values), swept_model(recipe)
-    node: Any = trial.model_dump(mode="json")
-    options: Mapping[str, Any] = vars(_built(trial, key).options)
-    if path.startswith("model.") and path.removeprefix("model.") in options:
-        return options[path.removeprefix("model.")]
+    key = swept_model(recipe)
+    section = recipe.models[key]
+    node: Any = recipe.model_dump(mode="json")
+    node["models"][key] = _defaults(section.name, json.dumps(section.options)) | node["models"][key]
     for name in _full(path, key).split("."):
         if not isinstance(node, Mapping) or name not in node:
-            raise RecipeError(f"sweep.constraints: there is no field {path}{nearest(path, list(values))}")
+            known = [*values, *(f"model.{option}" for option in node)] if isinstance(node, Mapping) else []
+            raise RecipeError(f"sweep.constraints: there is no field {path}{nearest(path, known)}")
         node = node[name]
     return node
+
+
+@cache
+def _defaults(name: str, options: str) -> Values:
+    """A model's options, those too that the recipe leaves to it."""
+    return dict(vars(_model(name, json.loads(options)).options))
