@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -49,13 +50,13 @@ def show_sweep(workflow: Workflow, found: dict[str, Any]) -> None:
     """A sweep's settings, best first, as a table; where its report and its best recipe are."""
     from rich.console import Console
 
-    from pipelines.sweep_result import SweepResult
+    from pipelines.sweep_result import SweepResult, best_name
 
     storage = workflow.storage
     result = SweepResult.from_json(storage.read(found["result"]))
     Console(highlight=False).print(sweep_table(result))
     folder = found["result"].rpartition("/")[0]
-    report, recipe = (_place(storage, f"{folder}/{name}") for name in ("sweep.html", "best.yaml"))
+    report, recipe = (_place(storage, f"{folder}/{name}") for name in ("sweep.html", best_name(result.name)))
     print(f"report: {report}\nbest recipe: {recipe}\n\ntry next:\n  inpaint run {recipe}")
 
 
@@ -76,10 +77,7 @@ def sweep_table(result: SweepResult, most: int = 12) -> Table:
         cells = [
             f"{value:.4g}" if isinstance(value, float) else str(value) for value in group.values.values()
         ]
-        scores = [
-            f"{group.mean(m):.3f}" + f" ± {group.spread(m):.3f}" * (len(group.trials) > 1)
-            for m in result.metrics
-        ]
+        scores = [_with_spread(group.mean(m), group.spread(m), len(group.trials)) for m in result.metrics]
         table.add_row(*cells, str(len(group.trials)), *scores)
     left = len(result.ranked) - most
     unfinished = [trial for trial in result.trials if trial.state != FINISHED]
@@ -87,6 +85,12 @@ def sweep_table(result: SweepResult, most: int = 12) -> Table:
     notes += [f"trial {t.number} {t.state}: {t.reason}" for t in unfinished[:most]]
     table.caption = "\n".join(notes) or None
     return table
+
+
+def _with_spread(mean: float, spread: float, n: int) -> str:
+    if not math.isfinite(mean):
+        return "n/a"
+    return f"{mean:.3f} ± {spread:.3f}" if n > 1 else f"{mean:.3f}"
 
 
 def write_report_once(recipe: Recipe, workflow: Workflow, values: Values, evaluation: Evaluation) -> str:

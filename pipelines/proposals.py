@@ -152,7 +152,7 @@ def propose_by_optuna(recipe: Recipe, trials: Sequence[Trial], number: int) -> V
             study.add_trial(_known(trial, distributions, fields, sweep.metrics))
         asked = study.ask(distributions).params
         values = {path: _back(domain, asked[path]) for path, domain in fields.items()} | fixed
-        if values not in before and keeps(recipe, values):
+        if Trial(number, values, RUNNING).values not in before and keeps(recipe, values):
             return values
     return None
 

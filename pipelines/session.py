@@ -15,6 +15,7 @@ SETTINGS = {
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_maximum_startup_concurrency": "8",  # a local Ray warns when it starts a few times this many processes
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TQDM_DISABLE": "1",
     "WDS_SECURE": "1",

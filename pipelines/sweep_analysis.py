@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import numpy as np
 from scipy import stats
 
 from pipelines.metrics import higher_is_better
-from pipelines.sweep_result import SEED, Group, SweepResult, ranked
+from pipelines.sweep_result import SEED, Group, SweepResult, hashable, ranked
 from pipelines.tables import COLUMNS
 
 DECADES_FOR_LOG = 2
@@ -103,28 +102,13 @@ class Response:
     scores: tuple[float, ...]
 
 
-def settled(result: SweepResult) -> SweepResult:
-    """The result with values that can be told apart by hash: lists (of JSON) as tuples, mappings as text."""
-    trials = tuple(
-        replace(trial, values={path: _hashable(value) for path, value in trial.values.items()})
-        for trial in result.trials
-    )
-    return replace(result, trials=trials)
-
-
-def _hashable(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_hashable, value))
-    return json.dumps(value) if isinstance(value, dict) else value
-
-
 def axis_of(result: SweepResult, path: str) -> Axis:
     """The axis of one field: logarithmic for log-uniform ranges, and for lists that span two decades or more."""
     spec = {kind: given for kind, given in result.fields.get(path, {}).items() if given is not None}
     found = list(dict.fromkeys(trial.values[path] for trial in result.trials if path in trial.values))
     listed = not {"uniform", "loguniform"} & set(spec)
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in found):
-        order = [_hashable(value) for value in spec.get("grid") or spec.get("choice") or ()]
+        order = [hashable(value) for value in spec.get("grid") or spec.get("choice") or ()]
         found.sort(key=lambda value: order.index(value) if value in order else len(order))
         return Axis(path, "places", tuple(found), listed=True)
     found.sort()
@@ -138,6 +122,11 @@ def varied(result: SweepResult) -> list[Axis]:
     """The axes of the fields that trials differ in, but for the seed."""
     axes = [axis_of(result, path) for path in result.fields if path != SEED]
     return [axis for axis in axes if len(axis.values) > 1]
+
+
+def named_by(result: SweepResult) -> list[Axis]:
+    """The axes that tell settings apart; where there is one setting, of all fields."""
+    return varied(result) or [axis_of(result, path) for path in result.fields if path != SEED]
 
 
 def response(result: SweepResult, path: str, metric: str) -> list[Response]:
@@ -319,7 +308,7 @@ def how_many(count: int, what: str = "setting") -> str:
 def called(group: Group, axes: Sequence[Axis]) -> str:
     """A setting in words, by the fields that settings differ in: `edges.sigma 2, model.lambda_adv 0.001`."""
     words = [f"{axis.path} {shown(group.values[axis.path])}" for axis in axes if axis.path in group.values]
-    return ", ".join(words) or "the only setting"
+    return ", ".join(words) or "the recipe as it is"
 
 
 def round_numbers(low: float, high: float) -> list[float]:

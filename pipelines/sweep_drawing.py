@@ -24,6 +24,7 @@ INK, SOFT, LINE = "#1d1d1f", "#6e6e76", "#ececf0"
 BLUE, PALE = "#2563eb", "#9db8f2"
 BEST = "#d55e00"  # vermilion: apart from the blue for every kind of colour vision
 WORDS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")  # Okabe and Ito's
+LARGEST = 250_000  # bytes of a picture
 WIDTH, DPI = 5.4, 200  # inches: 1080 pixels, three to a phone's one
 NOTE_CHARACTERS, NOTE_LINE = 98, 0.135
 LOG_RATIO = 30  # scores that span more than this are drawn on a logarithmic axis
@@ -81,13 +82,18 @@ class Sheet:
         )
 
     def png(self) -> bytes:
-        """1080 pixels wide, of 256 colours: a third of the bytes, and no eye tells."""
+        """1080 pixels wide, of 256 colours, which no eye tells; of fewer where hundreds of lines make it large."""
         canvas = FigureCanvasAgg(self.figure)
         canvas.draw()
         picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
-        buffer = io.BytesIO()
-        picture.quantize(256, dither=Image.Dither.NONE).save(buffer, format="PNG", optimize=True)
-        return buffer.getvalue()
+        data = b""
+        for colours in (256, 96, 32):
+            buffer = io.BytesIO()
+            picture.quantize(colours, dither=Image.Dither.NONE).save(buffer, format="PNG", optimize=True)
+            data = buffer.getvalue()
+            if len(data) <= LARGEST:
+                break
+        return data
 
 
 def titled(ax: Axes, title: str, beside: str = "") -> None:

@@ -22,7 +22,6 @@ from pipelines.sweep_analysis import (
     importance,
     response,
     scored,
-    settled,
     shown,
     unit,
     varied,
@@ -73,7 +72,6 @@ def pictures(result: SweepResult, evaluations: Mapping[int, Evaluation]) -> list
     A response for each field, strips of completions, the front of the first two metrics, the held-out curves, and with
     several fields parallel coordinates and importance.
     """
-    result = settled(result)
     axes, metrics = varied(result), result.metrics[:2]
     shares = {metric: importance(result, metric) for metric in metrics} if len(axes) > 1 else {}
     found: list[Picture] = []
@@ -192,7 +190,7 @@ def _front_note(result: SweepResult, groups: Sequence[Group], axes: Sequence[Axi
 
 def _short(group: Group, axes: Sequence[Axis]) -> str:
     """A setting's bare values."""
-    return clipped(", ".join(shown(group.values[axis.path]) for axis in axes) or "the only setting", 38)
+    return clipped(", ".join(shown(group.values[axis.path]) for axis in axes) or "the recipe as it is", 38)
 
 
 @styled

@@ -52,13 +52,15 @@ def parallel_png(result: SweepResult) -> bytes:
         note += f" {how_many(len(result.groups) - len(whole))} without a score left out."
     if not whole:
         whole, metrics = groups, [first]
-    sheet = Sheet([2.9], note, left=0.55, right=0.5, below=0.12, above=0.62)
+    room = max(7, round(58 / (len(axes) + len(metrics))))  # characters between two axes
+    names = [broken_name(name, room) for name in (*(axis.path for axis in axes), *map(heading, metrics))]
+    above = 0.35 + 0.14 * max(name.count("\n") + 1 for name in names)
+    sheet = Sheet([2.9], note, left=0.55, right=0.5, below=0.12, above=above)
     ax = sheet.axes[0]
     ax.set_axis_off()
     ax.set_xlim(0, len(axes) + len(metrics) - 1)
     ax.set_ylim(-0.04, 1.04)
     columns = [_field_column(axis, whole) for axis in axes] + [_score_column(m, whole) for m in metrics]
-    names = [*(axis.path for axis in axes), *map(heading, metrics)]
     order = list(range(len(whole)))
     for rank in reversed(order):  # the best last, on top
         heights = [places[rank] for places, _ in columns]
@@ -66,12 +68,11 @@ def parallel_png(result: SweepResult) -> bytes:
         colour = BEST if rank == 0 else shade(worse)
         alpha = 1.0 if rank == 0 else max(0.25, min(0.85, 30 / len(order)))
         ax.add_patch(_ribbon(heights, colour, 2.4 if rank == 0 else 1.0, alpha))
-    wide_name = max(7, round(58 / len(columns)))
     for x, (name, (_, ticks)) in enumerate(zip(names, columns, strict=True)):
         ax.plot([x, x], [0, 1], color="#8e8e96", lw=0.9, zorder=3, clip_on=False)
         score = x >= len(axes)
         ax.text(
-            x, 1.08, broken_name(name, wide_name), ha="center", va="bottom", fontsize=8.5, linespacing=1.15,
+            x, 1.08, name, ha="center", va="bottom", fontsize=8.5, linespacing=1.15,
             fontweight="bold" if score else "normal", color=INK,
         )  # fmt: skip
         for height, label in ticks:
@@ -137,10 +138,12 @@ def importance_png(result: SweepResult, shares: Mapping[str, dict[str, float] | 
         "Share of the variance between settings that each field explains by itself (functional ANOVA on a random forest); "
         "what is missing to 1 is interplay of fields, and chance."
     )
-    names = {path: broken_name(clipped(path, 40), 22) for path in paths}
-    longest = max(len(line) for name in names.values() for line in name.split("\n"))
-    height = 0.24 * max(len(paths), 1) + 0.1
-    sheet = Sheet([height] * len(shares), note, left=0.3 + 0.075 * longest, right=0.45, below=0.16)
+    names = {path: broken_name(path, 26) for path in paths}
+    lines = [name.split("\n") for name in names.values()]
+    left = 0.3 + 0.075 * max(len(line) for name in lines for line in name)
+    height = (0.08 + 0.15 * max(map(len, lines))) * len(paths) + 0.1
+    sheet = Sheet([height] * len(shares), note, left=left, right=0.45, below=0.16)
+    bar = 0.62 / max(map(len, lines)) ** 0.5
     for ax, (metric, found) in zip(sheet.axes, shares.items(), strict=True):
         titled(ax, heading(metric))
         ax.set_xlim(0, 1)
@@ -163,7 +166,7 @@ def importance_png(result: SweepResult, shares: Mapping[str, dict[str, float] | 
             )
             continue
         for y, path in enumerate(paths):
-            ax.barh(y, 1, height=0.62, color="#f3f3f6", zorder=0)
-            ax.barh(y, found[path], height=0.62, color=BLUE)
+            ax.barh(y, 1, height=bar, color="#f3f3f6", zorder=0)
+            ax.barh(y, found[path], height=bar, color=BLUE)
             ax.text(found[path] + 0.012, y, f"{found[path]:.2f}", va="center", fontsize=8, color=INK)
     return sheet.png()

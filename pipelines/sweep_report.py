@@ -17,15 +17,14 @@ from pipelines.sweep_analysis import (
     figure,
     heading,
     how_many,
+    named_by,
     scored,
-    settled,
     shown,
     unit,
-    varied,
     with_spread,
 )
 from pipelines.sweep_figures import Picture, pictures, sweep_pictures
-from pipelines.sweep_result import Group, SweepResult
+from pipelines.sweep_result import Group, SweepResult, best_name
 from pipelines.sweep_sentences import changes, sentences, unfinished
 from pipelines.tables import Cell
 
@@ -49,13 +48,12 @@ def sweep_table(result: SweepResult) -> SweepTable:
 
     The winner's values are marked best, and the best mean of each metric; settings without a finished trial have no row.
     """
-    result = settled(result)
-    axes, metrics = varied(result), result.metrics
+    axes, metrics = named_by(result), result.metrics
     best = {m: figure(m, order[0].mean(m)) for m in metrics if len(order := scored(result, m)) > 1}
     lines = []
     for group in result.ranked:
         won = bool(best and result.best and group.setting == result.best.setting)
-        values = [shown(group.values.get(axis.path, "n/a")) for axis in axes] or ["the only one"]
+        values = [shown(group.values.get(axis.path, "n/a")) for axis in axes] or ["as the recipe"]
         scores = [
             Cell(with_spread(m, group), figure(m, group.mean(m)) == best.get(m) != "n/a") for m in metrics
         ]
@@ -108,7 +106,6 @@ def sweep_html(result: SweepResult, evaluations: Mapping[int, Evaluation], best_
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    file = re.sub(r"[^\w.-]+", "-", f"{result.name}-best.yaml")
     return environment.get_template("sweep.html").render(
         title=title(result),
         sentences=sentences(result),
@@ -119,8 +116,8 @@ def sweep_html(result: SweepResult, evaluations: Mapping[int, Evaluation], best_
         unfinished=unfinished(result),
         changes=changes(result),
         recipe=best_recipe_yaml,
-        file=file,
-        command=f"inpaint run {shlex.quote(file)}",
+        file=best_name(result.name),
+        command=f"inpaint run {shlex.quote(best_name(result.name))}",
         fields={path: _domain(spec) for path, spec in result.fields.items()},
         about=_about(result),
         long=LONG,
@@ -128,10 +125,8 @@ def sweep_html(result: SweepResult, evaluations: Mapping[int, Evaluation], best_
 
 
 def title(result: SweepResult) -> str:
-    paths = [axis.path for axis in varied(settled(result))] or [
-        path for path in result.fields if path != "seed"
-    ]
-    return f"{result.name}: {result.model} over {', '.join(paths) or 'one setting'}"
+    paths = [axis.path for axis in named_by(result)]
+    return f"{result.name}: {result.model}" + (f" over {', '.join(paths)}" if paths else "")
 
 
 def caption(result: SweepResult) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, stdev
@@ -44,6 +45,9 @@ class Trial:
     run: str = ""
     """Its MLflow run."""
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", {path: hashable(value) for path, value in self.values.items()})
+
     @property
     def setting(self) -> Setting:
         return tuple((path, value) for path, value in self.values.items() if path != SEED)
@@ -65,8 +69,10 @@ class Group:
         return fmean(trial.scores.get(metric, math.nan) for trial in self.trials)
 
     def spread(self, metric: str) -> float:
-        """The sample standard deviation over the seeds; 0 with one."""
+        """The sample standard deviation over the seeds; 0 with one, nan when a trial has no such score."""
         found = [trial.scores.get(metric, math.nan) for trial in self.trials]
+        if not all(map(math.isfinite, found)):
+            return math.nan
         return stdev(found) if len(found) > 1 else 0.0
 
 
@@ -138,6 +144,13 @@ class SweepResult:
         return cls(**{**data, "metrics": tuple(data["metrics"]), "trials": tuple(trials)})
 
 
+def hashable(value: Any) -> Any:
+    """A list of sigmas as a tuple of them; a mapping as text."""
+    if isinstance(value, list | tuple):
+        return tuple(map(hashable, value))
+    return json.dumps(value) if isinstance(value, dict) else value
+
+
 def ranked(groups: list[Group], metric: str) -> list[Group]:
     def place(group: Group) -> tuple[bool, float]:
         mean = group.mean(metric)
@@ -157,3 +170,8 @@ def in_words(values: Mapping[str, Any]) -> str:
         f"{path} {value:.4g}" if isinstance(value, float) else f"{path} {value}"
         for path, value in values.items()
     )
+
+
+def best_name(sweep: str) -> str:
+    """The file of a sweep's best recipe."""
+    return re.sub(r"[^\w.-]+", "-", f"{sweep}-best.yaml")

@@ -17,9 +17,9 @@ from pipelines.sweep_analysis import (
     heading,
     how_many,
     importance,
+    named_by,
     noise,
     scored,
-    settled,
     shown,
     trend,
     unit,
@@ -33,19 +33,17 @@ MANY = 5  # settings that a sentence names before it only counts the rest
 
 def sentences(result: SweepResult) -> list[str]:
     """The findings, most important first; never empty. Differences are called so only when the seeds bear it."""
-    result = settled(result)
-    axes = varied(result)
-    found = [*_winner(result, axes), *_second(result, axes), *_baselines(result)]
+    axes = named_by(result)
+    found = [*_winner(result, axes), *_baselines(result), *_second(result, axes)]
     for metric in result.metrics[:2]:
         found += [sentence for axis in axes if (sentence := _trend(result, axis, metric))]
-    found += [*_front(result, axes), *_importance(result, axes), *_course(result)]
+    found += [*_front(result, axes), *_importance(result), *_course(result)]
     return found
 
 
 def unfinished(result: SweepResult) -> list[str]:
     """A line for each reason that trials failed or were stopped for, with the trials."""
-    result = settled(result)
-    axes = varied(result)
+    axes = named_by(result)
     reasons: dict[tuple[str, str], list[Trial]] = {}
     for state in (FAILED, STOPPED):
         for trial in result.trials:
@@ -107,28 +105,26 @@ def _winner(result: SweepResult, axes: Sequence[Axis]) -> Iterator[str]:
         yield f"Only one setting has a score: {called(best, axes)}, {score}."
         return
     gap = abs(best.mean(first) - order[1].mean(first))
-    margin = f"{figure(first, gap)}{unit(first)}"
-    over = called(order[1], axes)
+    over = f"{figure(first, gap)}{unit(first)} over {called(order[1], axes)}"
     deviation, freedom = noise(result, first)
-    yield f"Best is {called(best, axes)}: {score}, {_margin(margin, over, gap, deviation, freedom)}"
+    yield f"Best is {called(best, axes)}: {score}, {_margin(over, gap, deviation, freedom, unit(first))}"
     if freedom:
         alike = [group for group in order[1:] if chance(result, best, group, first) > CHANCE]
+        test = f"by t tests on the seeds' pooled spread, p {'above' if alike else 'below'} {CHANCE}"
         if alike:
-            yield (
-                f"Not distinguishable from the best in {name} (t test on {freedom} degrees of freedom, p > {CHANCE}): "
-                f"{_several(alike, axes)}."
-            )
+            yield f"Not distinguishable from the best in {name} ({test}): {_several(alike, axes)}."
         else:
-            yield f"Every other setting is distinguishable from the best in {name} (t test, p <= {CHANCE})."
+            yield f"All other settings are distinguishable from the best in {name} ({test}, each test by itself)."
 
 
-def _margin(margin: str, over: str, gap: float, deviation: float, freedom: int) -> str:
+def _margin(over: str, gap: float, deviation: float, freedom: int, unit: str) -> str:
     if not freedom:
-        return f"{margin} over {over}; with one seed a setting it is not known how much of that is chance."
-    spread = f"{deviation:.2g}"
+        return f"{over}; with one seed a setting it is not known how much of that is chance."
     if deviation == 0:
-        return f"{margin} over {over}; the seeds agree."
-    return f"{margin} over {over}, {gap / deviation:.1f} times what seeds of one setting spread ({spread})."
+        return f"{over}; the seeds agree."
+    return (
+        f"{over}, {gap / deviation:.1f} times the spread of the seeds of one setting ({deviation:.2g}{unit})."
+    )
 
 
 def _several(groups: Sequence[Group], axes: Sequence[Axis]) -> str:
@@ -147,10 +143,12 @@ def _second(result: SweepResult, axes: Sequence[Axis]) -> Iterator[str]:
         if order[0].setting == best.setting:
             yield f"It is best in {heading(metric)} too: {score}."
             continue
-        own = with_spread(metric, best)
-        sentence = f"In {heading(metric)} the best is {called(order[0], axes)}: {score}, against {own} of the best in {heading(result.metrics[0])}"
+        name, own = heading(metric), with_spread(metric, best)
         p = chance(result, order[0], best, metric) if math.isfinite(best.mean(metric)) else math.nan
-        yield sentence + ("; the seeds do not tell the two apart." if p > CHANCE else ".")
+        yield (
+            f"In {name} the best is {called(order[0], axes)}: {score}; the best in {heading(result.metrics[0])} has {own}"
+            + (", which the seeds do not tell apart." if p > CHANCE else ".")
+        )
 
 
 def _baselines(result: SweepResult) -> Iterator[str]:
@@ -162,11 +160,11 @@ def _baselines(result: SweepResult) -> Iterator[str]:
             continue
         pick = max if higher_is_better(metric) else min
         method = pick(scores, key=lambda name: scores[name])
-        gap = abs(best.mean(metric) - scores[method])
+        gap = f"{figure(metric, abs(best.mean(metric) - scores[method]))}{unit(metric)}"
         won = better(metric)(best.mean(metric), scores[method])
         yield (
-            f"In {heading(metric)} the best setting is {figure(metric, gap)}{unit(metric)} {'better' if won else 'worse'} than "
-            f"the best method without training, {method} ({figure(metric, scores[method])})."
+            f"In {heading(metric)} the best setting is {gap} {'better' if won else 'worse'} than the best untrained method, "
+            f"{method} ({figure(metric, scores[method])})."
         )
 
 
@@ -177,7 +175,7 @@ def _trend(result: SweepResult, axis: Axis, metric: str) -> str:
     rho, p, n = found
     numbers = f"Spearman's rho {rho:+.2f} over {n} settings, p = {p:.2g}"
     if p > CHANCE:
-        return f"{heading(metric)} has no monotone trend with {axis.path} ({numbers})."
+        return f"{heading(metric)} shows no monotone trend with {axis.path} beyond chance ({numbers})."
     strength = "steadily" if abs(rho) >= 0.9 else "on the whole"
     return f"{heading(metric)} {'rises' if rho > 0 else 'falls'} {strength} with {axis.path} ({numbers})."
 
@@ -193,15 +191,15 @@ def _front(result: SweepResult, axes: Sequence[Axis]) -> Iterator[str]:
         yield f"No other setting beats these in both {names}: {_several(on, axes)}."
 
 
-def _importance(result: SweepResult, axes: Sequence[Axis]) -> Iterator[str]:
-    for metric in result.metrics[:2] if len(axes) > 1 else ():
+def _importance(result: SweepResult) -> Iterator[str]:
+    for metric in result.metrics[:2] if len(varied(result)) > 1 else ():
         shares = importance(result, metric)
         if isinstance(shares, str):
             yield f"Which field matters for {heading(metric)} cannot be said: {shares}."
             continue
         order = sorted(shares, key=lambda path: -shares[path])
         named = ", ".join(f"{path} {shares[path]:.0%}" for path in order[:MANY])
-        yield f"Of what settings differ by in {heading(metric)}, fields explain by themselves: {named}."
+        yield f"Of the differences between settings in {heading(metric)}, each field by itself explains: {named}."
 
 
 def _course(result: SweepResult) -> Iterator[str]:

@@ -16,7 +16,7 @@ from pipelines.reading import parse_recipe
 from pipelines.recipe import Recipe
 from pipelines.space import best_recipe, settings, sweep_of, swept_model, total_steps, trial_recipe
 from pipelines.steps import tracked
-from pipelines.sweep_result import SweepResult, in_words
+from pipelines.sweep_result import SweepResult, best_name, in_words
 from pipelines.tracking import Tracking
 from pipelines.train import ray_storage
 from pipelines.trial import Trials
@@ -129,7 +129,7 @@ def _report(ctx: StepContext, recipe: Recipe, result: SweepResult, out: Storage)
     files["sweep.md"] = sweep_markdown(result).encode()
     files["sweep.html"] = sweep_html(result, evaluations, yaml).encode()
     if best:
-        files["best.yaml"] = yaml.encode()
+        files[best_name(result.name)] = yaml.encode()
     for name, content in files.items():
         out.write(name, content)
     return list(files)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,11 @@ from data_prep.canny import canny_edges
 from pipelines.figures import GAP, Grid, decode_png, edges_picture, encode_png, sample_grid
 from pipelines.scores import Evaluation
 from pipelines.sweep_analysis import Axis, figure, heading, scored, shown, unit, varied
+from pipelines.sweep_drawing import LARGEST, clipped
 from pipelines.sweep_result import Group, SweepResult
 
-ROWS = 8
+ROWS, SIGMAS = 8, 12  # at most
 SIDES = (144, 128, 112, 96, 80, 64)
-LARGEST = 250_000  # bytes
 INK, SOFT = (29, 29, 31), (110, 110, 118)
 
 
@@ -47,17 +48,18 @@ def strips(result: SweepResult, evaluations: Mapping[int, Evaluation]) -> list[t
         return []
     found = []
     sigma = next((axis for axis in axes if f".{axis.path}".endswith(".edges.sigma")), None)
+    note = f"Completions are each setting's first trial's, {heading(result.metrics[0])} is the mean over its seeds."
     if sigma:
         title = "Edges and completions by sigma"
         shows = (
             "edge maps and completions of the same photographs, a row a sigma, below truth and masked input"
         )
-        found.append(("strip-sigma.png", title, _png(*_by_sigma(result, sigma, shots)), shows))
+        edges = f"{note} Known edges are black, those in the hole blue."
+        found.append(("strip-sigma.png", title, _png(*_by_sigma(result, sigma, shots), edges), shows))
     if not sigma or len(axes) > 1:
         shows = "completions of the same photographs, a row a setting, best first"
-        found.append(
-            ("strip-settings.png", "Completions, best first", _png(*_by_setting(result, axes, shots)), shows)
-        )
+        png = _png(*_by_setting(result, axes, shots), note)
+        found.append(("strip-settings.png", "Completions, best first", png, shows))
     return found
 
 
@@ -80,7 +82,8 @@ def _by_sigma(result: SweepResult, axis: Axis, shots: Sequence[Shot]) -> tuple[l
     best: dict[Any, Shot] = {}
     for shot in shots:  # best first: with other fields swept too, the best setting at each sigma
         best.setdefault(shot.group.values[axis.path], shot)
-    rows = sorted(best.items(), key=lambda item: axis.position(item[0]))
+    every = sorted(best.items(), key=lambda item: axis.position(item[0]))
+    rows = [every[i] for i in _evenly(len(every), SIGMAS)]
     photos = _photos([shot for _, shot in rows], 3 if len(rows) <= 5 else 2)
     top = (_truth(rows[0][1], photos), (("sigma", heading(result.metrics[0])),))
     pairs = tuple(
@@ -96,11 +99,11 @@ def _by_sigma(result: SweepResult, axis: Axis, shots: Sequence[Shot]) -> tuple[l
 
 def _edges(shot: Shot, photo: str, sigma: Any) -> np.ndarray | None:
     """What the model was given or drew: Canny on the whole photograph where it is a study of true edges."""
-    if shot.method in shot.evaluation.protocol.get("true_edges", ()) and isinstance(sigma, (int, float)):
+    if shot.method in shot.evaluation.protocol.get("true_edges", ()):
         truth, masked = shot.cell(photo, "ground truth"), shot.cell(photo, "masked")
         if truth is not None and masked is not None:
             hole = (truth != masked).any(2)
-            edges = canny_edges(truth, sigma)
+            edges = canny_edges(truth, np.median(sigma))  # of several, evaluation takes the median
             return edges_picture(edges, hole, edges)
     columns = [name for name in shot.pictures.get(photo, {}) if name.startswith("edges")]
     own = f"edges ({shot.method})"
@@ -109,21 +112,19 @@ def _edges(shot: Shot, photo: str, sigma: Any) -> np.ndarray | None:
 
 def _by_setting(result: SweepResult, axes: Sequence[Axis], shots: Sequence[Shot]) -> tuple[list[Part], int]:
     """At most ROWS settings, from the best to the worst in even steps of rank."""
-    ranks = np.unique(np.linspace(0, len(shots) - 1, min(ROWS, len(shots))).round().astype(int)).tolist()
+    ranks = _evenly(len(shots), ROWS)
     photos = _photos(shots, 3)
     rows, labels = [], []
     for rank in ranks:
         shot = shots[rank]
         rows.append(tuple(shot.cell(photo, shot.method) for photo in photos))
-        values = tuple(
-            f"{axis.path.rpartition('.')[2]} {shown(shot.group.values[axis.path])}" for axis in axes
-        )
+        values = tuple(_field(axis.path, shown(shot.group.values[axis.path])) for axis in axes)
         place = (f"rank {rank + 1} of {len(shots)}",) if len(shots) > ROWS else ()
         score = f"{heading(result.metrics[0])} {_score(result, shot.group)}"
-        labels.append((*(values or ("the only setting",)), score, *place))
+        labels.append((*(values or ("the recipe as it is",)), score, *place))
     given = [tuple(shots[0].cell(photo, column) for photo in photos) for column in ("ground truth", "masked")]
     grid = Grid("by setting", ("",) * len(photos), (*given, *rows))
-    return [(grid, (("ground truth",), ("masked",), *labels))], 176
+    return [(grid, (("ground truth",), ("masked input",), *labels))], 176
 
 
 def _truth(shot: Shot, photos: Sequence[str]) -> Grid:
@@ -136,23 +137,33 @@ def _photos(shots: Sequence[Shot], most: int) -> list[str]:
     """Evenly spaced ones of those that all settings have pictures of."""
     common = [photo for photo in shots[0].pictures if all(photo in shot.pictures for shot in shots)]
     common = common or list(shots[0].pictures)
-    places = np.linspace(0, len(common) - 1, min(most, len(common))).round().astype(int)
-    return [common[place] for place in places]
+    return [common[place] for place in _evenly(len(common), most)]
+
+
+def _evenly(count: int, most: int) -> list[int]:
+    """At most so many of 0, 1... count - 1, evenly spaced, with both ends."""
+    return [int(i) for i in np.linspace(0, count - 1, min(most, count)).round()]
+
+
+def _field(path: str, value: str) -> str:
+    """The last word of a field's path and its value, which is the last to be cut."""
+    value = clipped(value, 18)
+    return f"{clipped(path.rpartition('.')[2], max(6, 25 - len(value)))} {value}"
 
 
 def _score(result: SweepResult, group: Group) -> str:
     return figure(result.metrics[0], group.mean(result.metrics[0])) + unit(result.metrics[0])
 
 
-def _png(parts: Sequence[Part], margin: int) -> bytes:
+def _png(parts: Sequence[Part], margin: int, note: str) -> bytes:
     """The largest cells with which the picture stays under LARGEST; of 256 colours where all do not fit."""
     data = b""
     for side in SIDES:
-        sheet = _stacked(parts, margin, side)
+        sheet = _stacked(parts, margin, side, note)
         data = encode_png(sheet)
         if len(data) > LARGEST:
             buffer = io.BytesIO()
-            few = Image.fromarray(sheet).quantize(256, kmeans=1, dither=Image.Dither.NONE)
+            few = Image.fromarray(sheet).quantize(256, dither=Image.Dither.NONE)
             few.save(buffer, format="PNG", optimize=True)
             data = buffer.getvalue()
         if len(data) <= LARGEST:
@@ -160,26 +171,36 @@ def _png(parts: Sequence[Part], margin: int) -> bytes:
     return data
 
 
-def _stacked(parts: Sequence[Part], margin: int, side: int) -> np.ndarray:
+def _stacked(parts: Sequence[Part], margin: int, side: int, note: str) -> np.ndarray:
     """The grids one below the other, with a label left of each row: its first line large, the others small."""
     sheets = [sample_grid(grid, side) for grid, _ in parts]
     width = margin + max(sheet.shape[1] for sheet in sheets)
-    canvas = Image.new("RGB", (width, sum(sheet.shape[0] for sheet in sheets)), "white")
+    lines = textwrap.wrap(note, width // 6)
+    height = sum(sheet.shape[0] for sheet in sheets)
+    canvas = Image.new("RGB", (width, height + 10 + 15 * len(lines)), "white")
     draw = ImageDraw.Draw(canvas)
+    draw.multiline_text(
+        (8, height + 2), "\n".join(lines), font=ImageFont.load_default(11), fill=SOFT, spacing=2
+    )
     top = 0
     for sheet, (grid, labels) in zip(sheets, parts, strict=True):
         canvas.paste(Image.fromarray(sheet), (margin, top))
         top += sheet.shape[0]
         bottom = top
         for row, label in zip(reversed(grid.rows), reversed(labels), strict=True):
-            gap, height = max(GAP, side // 20), _height(row, side)
-            bottom -= gap + height
-            _write(draw, label, margin, bottom + height / 2)
+            gap, tall = max(GAP, side // 20), _height(row, side)
+            bottom -= gap + tall
+            _write(draw, _fitting(label, tall // 16), margin, bottom + tall / 2)
     return np.asarray(canvas)
 
 
 def _height(row: Sequence[np.ndarray | None], side: int) -> int:
     return max(side if c is None else round(c.shape[0] * side / max(c.shape[:2])) for c in row)
+
+
+def _fitting(label: Label, most: int) -> Label:
+    """At most so many lines; the last two, of the score, stay."""
+    return label if len(label) <= most else (*label[: max(1, most - 3)], "…", *label[-2:])
 
 
 def _write(draw: ImageDraw.ImageDraw, label: Label, margin: int, middle: float) -> None:

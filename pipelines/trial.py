@@ -6,7 +6,6 @@ Killed at any point it is found where it was: its steps have manifests and check
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from pipelines.attempt import Progress
 from pipelines.durable import Step, StepContext, StepFailed, Value, Workflow
 from pipelines.lease import StorageBusy
 from pipelines.recipe import Recipe
-from pipelines.space import Link, Values, milestones, swept_model, trial_recipe
+from pipelines.space import Link, Values, milestones, sweep_of, swept_model, trial_recipe
 from pipelines.sweep_result import SEED, in_words
 from pipelines.tracking import Tracking
 from pipelines.workflow import Later, edge_sigmas, edges_name, train_step
@@ -69,7 +68,7 @@ def run_trial(config: dict[str, Any], trials: Trials) -> None:
     steps = chain[-1][0] if chain else trials.start
     try:
         with trial.tracked():
-            for until in milestones(trials.recipe.sweep, trials.start, trials.total):  # type: ignore[arg-type]
+            for until in milestones(sweep_of(trials.recipe), trials.start, trials.total):
                 if until <= steps:
                     continue
                 chain = [*chain, (until, trial.values)]
@@ -132,15 +131,15 @@ class Trial:
         if self.run and self.trials.tracking:
             client = self.trials.tracking.client()
             tracking.log_curves(client, self.run, [(step, values) for step, values in journal])
-            if self.trials.recipe.sweep and self.trials.recipe.sweep.scheduler == "pbt":
+            if sweep_of(self.trials.recipe).scheduler == "pbt":
                 changed = {f"value/{path}": float(x) for path, x in self.values.items() if _is_number(x)}
                 tracking.log_curves(client, self.run, [(chain[-1][0], changed)])
         return {"val": curve[-1][1], "curve": curve, "weights": value["weights"]}
 
     def score(self, chain: Sequence[Link]) -> dict[str, Any]:
         value = self.perform(chain, "score", score_step(self.recipe, self.steps(chain)[-1].name))
-        metrics = self.trials.recipe.sweep.metrics if self.trials.recipe.sweep else ()
-        self.show(1, 1, in_words({m: value["scores"].get(m, math.nan) for m in metrics}), "finished")
+        scores = {metric: value["scores"].get(metric) for metric in sweep_of(self.trials.recipe).metrics}
+        self.show(1, 1, in_words({metric: x for metric, x in scores.items() if x is not None}), "finished")
         return {"scores": value["scores"], "evaluation": value["evaluation"]}
 
     def perform(self, chain: Sequence[Link], wanted: str, *more: Step) -> Value:

@@ -76,7 +76,9 @@ def test_a_killed_sweep_goes_on_where_it_was(make_run: Callable[..., Run]) -> No
         every=5,
     )
     driver = run.start()
-    wait_for(lambda: sum(trial["steps"] >= 5 for trial in ledger(run)) >= 3, "three trials that have begun", driver)
+    wait_for(
+        lambda: sum(trial["steps"] >= 5 for trial in ledger(run)) >= 3, "three trials that have begun", driver
+    )
     done = run.manifests()
     kill(family(driver.pid))
     driver.wait()
@@ -100,7 +102,7 @@ def test_a_killed_sweep_goes_on_where_it_was(make_run: Callable[..., Run]) -> No
     assert run.leftovers() == []
 
     folder = (run.storage / run.value("sweep")["result"]).parent
-    best = load_recipe(str(folder / "best.yaml"))
+    best = load_recipe(str(folder / "small-best.yaml"))
     assert best.sweep is None
     assert best.models["model"].options["lambda_rec"] == found.best.values["model.lambda_rec"]
     assert (folder / "sweep.html").stat().st_size > 10_000
@@ -126,7 +128,9 @@ def test_what_trials_share_is_trained_once_and_changes_no_bit(make_run: Callable
     assert digest(run.storage / found.trials[0].weights) != plain.weights("model")
     edges = run.rows("select status from runs where name = 'trial-001'")
     assert edges == [("FINISHED",)]
-    curve = f"select step from metrics where key = 'loss/D1' and run_uuid = '{found.trials[1].run}' order by step"
+    curve = (
+        f"select step from metrics where key = 'loss/D1' and run_uuid = '{found.trials[1].run}' order by step"
+    )
     assert run.rows(curve) == [(5,), (10,)]  # of the shared beginning: each trial has its whole curve
     check_runs(run)
 
@@ -172,7 +176,9 @@ def test_population_based_training_while_the_server_restarts(make_run: Callable[
             assert logged[step + 5] == pytest.approx(values["model.lambda_adv"])
     check_runs(run)
     html = (run.storage / run.value("sweep")["result"]).with_name("sweep.html").read_text()
-    assert yaml.safe_load((run.storage / run.value("sweep")["result"]).with_name("best.yaml").read_text())
+    assert yaml.safe_load(
+        (run.storage / run.value("sweep")["result"]).with_name("small-best.yaml").read_text()
+    )
     assert "model.lambda_adv" in html
 
 

@@ -36,6 +36,12 @@ def test_what_failed_or_was_stopped_has_no_part_in_it() -> None:
     assert [group.values["edges.sigma"] for group in found.ranked] == [1]
     assert result(failed).best is None
     assert result(trial(0, 1, math.nan, 1)).best is None
+    (half,) = result(trial(0, 1, 20, 3), trial(1, 1, 21, math.nan, seed=1)).groups
+    assert (half.mean("psnr_rgb_hole"), math.isnan(half.mean("fd")), math.isnan(half.spread("fd"))) == (
+        20.5,
+        True,
+        True,
+    )
 
 
 def test_the_front_holds_what_nothing_beats_in_everything() -> None:
