@@ -26,6 +26,8 @@ class Entry:
     """A trial as far as it got."""
 
     trial: Trial
+    first: Values = field(default_factory=dict)
+    """The values that it began with; the trial has those that population-based training left it."""
     chain: list[Link] = field(default_factory=list)
     """The parts of its training, which it goes on from."""
     looks: list[tuple[int, float]] = field(default_factory=list)
@@ -106,7 +108,7 @@ class Proposals(Searcher):
             values = self.propose(number) if self.ledger.allows(self.recipe, number) else None
             if values is None:
                 return Searcher.FINISHED
-            known = Entry(Trial(number, values, RUNNING))
+            known = Entry(Trial(number, values, RUNNING), values)
             self.ledger.write(known)
         self.next += 1
         return {"number": number, "values": known.chain[-1][1] if known.chain else known.trial.values}

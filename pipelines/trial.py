@@ -105,17 +105,12 @@ class Trial:
                 place, key, self.name, self.trials.run, {"inpaint.trial": str(self.number)}
             )
             # said once: what population-based training changes later is logged as metrics
-            tracking.log_params(place.client(), self.run, self._first_values())
+            tracking.log_params(place.client(), self.run, self._entry()["first"])
         yield
 
     def known_chain(self) -> list[Link]:
         """What an earlier life of the sweep has trained of it."""
         return [(int(until), values) for until, values in self._entry()["chain"]]
-
-    def _first_values(self) -> Values:
-        trial = self._entry()["trial"]
-        first: Values = trial["changes"][0][1] if trial["changes"] else trial["values"]
-        return first
 
     def _entry(self) -> dict[str, Any]:
         path = f"{self.trials.local['trials']}/{self.number:04d}.json"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -23,12 +24,13 @@ from ray.tune.schedulers import (
     PopulationBasedTraining,
     TrialScheduler,
 )
+from ray.tune.search import Searcher
 
 from pipelines import tracking
 from pipelines.attempt import failure
 from pipelines.proposals import RUNNING, Entry, Ledger, Link, Proposals
 from pipelines.recipe import Domain
-from pipelines.space import sweep_of
+from pipelines.space import Values, sweep_of
 from pipelines.sweep_result import FAILED, FINISHED, SEED, STOPPED, SweepResult, in_words
 from pipelines.trial import Trials, label, run_trial
 
@@ -47,6 +49,7 @@ def tune_trials(
     at_once: int | None,
     path: str,
     filesystem: pyarrow.fs.FileSystem | None,
+    run: Callable[[dict[str, Any], Trials], None] = run_trial,
 ) -> None:
     """Run what the ledger does not have yet. Ray Tune begins a new experiment in every life of a sweep: what was
     found before is in the ledger and in the trials' own steps, nothing in its pickles."""
@@ -60,16 +63,18 @@ def tune_trials(
     # trainings' CPUs are their own to ask for, and Ray Train's cleaners need a thousandth each of this.
     share = max(0.9 / at_once, 1e-3)
     trainable = tune.with_resources(
-        tune.with_parameters(run_trial, trials=trials),
+        tune.with_parameters(run, trials=trials),
         tune.PlacementGroupFactory([{"node:__internal_head__": share}]),
     )
+    proposals, population = Proposals(trials.recipe, ledger), sweep.scheduler == "pbt"
     tune.Tuner(
         trainable,
+        param_space=_whole_population(proposals) if population else None,
         tune_config=tune.TuneConfig(
-            search_alg=Proposals(trials.recipe, ledger),
+            search_alg=None if population else proposals,
             scheduler=scheduler(trials, ledger),
-            num_samples=-1,
-            max_concurrent_trials=None if sweep.scheduler == "pbt" else at_once,
+            num_samples=1 if population else -1,
+            max_concurrent_trials=None if population else at_once,
             reuse_actors=True,
             trial_name_creator=_name,
             trial_dirname_creator=_name,
@@ -84,6 +89,20 @@ def tune_trials(
             checkpoint_config=tune.CheckpointConfig(num_to_keep=2),
         ),
     ).fit()
+
+
+def _whole_population(proposals: Proposals) -> dict[str, Any]:
+    """All trials at once: Ray Tune's population-based training takes no searcher."""
+    members: dict[int, Values] = {}
+    while (proposal := proposals.suggest("")) != Searcher.FINISHED:
+        members[proposal["number"]] = proposal["values"]
+
+    def value(path: str, spec: Any) -> Any:
+        return members[spec["config"]["number"]][path]
+
+    paths = next(iter(members.values()), {})
+    values = {path: tune.sample_from(partial(value, path)) for path in paths}
+    return {"number": tune.grid_search(list(members)), "values": values}
 
 
 def room(scaling: Mapping[str, Any]) -> int:
@@ -124,6 +143,7 @@ def scheduler(trials: Trials, ledger: Ledger) -> TrialScheduler:
             perturbation_interval=every,
             hyperparam_mutations={"values": mutations},
             require_attrs=False,
+            synch=True,  # every member against all others at the same step, however many run at once
         )
     return FIFOScheduler()
 

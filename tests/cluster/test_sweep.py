@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import yaml
 from harness import Run, clean_environment, digest, family, kill, wait_for
 
 from pipelines.reading import load_recipe
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.timeout(600)
 
 TRAIN = {"batch": 8, "ema": 0.9, "checkpoint_every": 5, "log_every": 5}
 ENCODER = {"size": 32, "width": 0.1, "overlap": 0}
-EVALUATE = {"count": 8, "samples": 2, "distance": {"crops": 16}}
+EVALUATE = {"count": 8, "samples": 2, "distance": {"crops": 32}}
 
 
 def make_sweep(make_run: Callable[..., Run], name: str, model: dict, steps: dict, **sweep: object) -> Run:
@@ -48,7 +47,11 @@ def ledger(run: Run) -> list[dict]:
     return [json.loads(path.read_text())["trial"] for path in found]
 
 
-def check_runs(run: Run, database: Path | None = None) -> None:
+def validation(run: str) -> str:
+    return f"select step, value from metrics where key = 'val/psnr_rgb_hole' and run_uuid = '{run}'"
+
+
+def check_runs(run: Run) -> None:
     """One MLflow run a trial, below the sweep's; no point twice; ended as the trial did."""
     doubled = run.rows("select run_uuid, key, step, count(*) n from metrics group by 1, 2, 3 having n > 1")
     assert doubled == []
@@ -59,7 +62,7 @@ def check_runs(run: Run, database: Path | None = None) -> None:
         assert rows == [(states[trial.state],)]
         assert run.rows(f"{parent} '{trial.run}'") == [(run.value("sweep")["run"],)]
         logged = dict(run.rows(f"select key, value from params where run_uuid = '{trial.run}'"))
-        assert logged == {path: str(value) for path, value in trial.values.items()}
+        assert trial.changes or logged == {path: str(value) for path, value in trial.values.items()}
     trials = [f"'{trial.run}'" for trial in result(run).trials]
     assert len(set(trials)) == len(trials)
 
@@ -70,14 +73,14 @@ def test_a_killed_sweep_goes_on_where_it_was(make_run: Callable[..., Run]) -> No
         make_run,
         "killed",
         {"name": "context_encoder", **ENCODER, "lambda_adv": 0},
-        {"train": 20},
+        {"train": 10},
         fields={"model.lambda_rec": [1, 0.1, 3.0e38], "seed": [0, 1]},
         scheduler="asha",
         every=5,
     )
     driver = run.start()
     wait_for(
-        lambda: sum(trial["steps"] >= 5 for trial in ledger(run)) >= 3, "three trials that have begun", driver
+        lambda: sum(trial["steps"] >= 5 for trial in ledger(run)) >= 2, "two trials that have begun", driver
     )
     done = run.manifests()
     kill(family(driver.pid))
@@ -95,9 +98,9 @@ def test_a_killed_sweep_goes_on_where_it_was(make_run: Callable[..., Run]) -> No
     assert "not finite" in run.output
     assert all(trial.steps >= begun.get(trial.number, 0) for trial in found.trials)
     for trial in found.trials:
-        assert trial.state in (FAILED, STOPPED) or (trial.state == FINISHED and trial.steps == 20)
+        assert trial.state in (FAILED, STOPPED) or (trial.state == FINISHED and trial.steps == 10)
         assert trial.state != FINISHED or {"psnr_rgb_hole", "fd"} <= trial.scores.keys()
-        assert trial.state != STOPPED or trial.steps in (5, 15)
+        assert trial.state != STOPPED or trial.steps == 5
     check_runs(run)
     assert run.leftovers() == []
 
@@ -111,75 +114,42 @@ def test_a_killed_sweep_goes_on_where_it_was(make_run: Callable[..., Run]) -> No
     assert "found finished" in run.output
 
 
-def test_what_trials_share_is_trained_once_and_changes_no_bit(make_run: Callable[..., Run]) -> None:
-    """G1 in a sweep of a weight of G2; and edges of a sigma that nobody has made."""
+def test_what_trials_share_is_trained_once_and_a_server_may_restart_meanwhile(
+    make_run: Callable[..., Run],
+) -> None:
+    """G1 in a sweep of a weight of G2: trained once, and no bit of a trial is another for it."""
     model = {"name": "edge_connect", "width": 0.08, "residual_blocks": 1, "lambda_p": 0, "lambda_s": 0}
     steps = {"edge": 10, "inpaint_canny": 0, "inpaint": 10, "joint": 0}
     run = make_sweep(make_run, "shared", model, steps, fields={"model.lambda_adv2": [0.5, 0.01]})
-    assert run.finish() == 0, run.output
+    run.storage.mkdir()
+    server = Server(run.storage)
+    server.start()
+    try:
+        driver = run.start("--tracking", server.uri)
+        parts = "work/*-train-model/stable/*/.validate_storage_marker"
+        wait_for(lambda: any(run.storage.glob(parts)), "the beginning of a trial's training", driver)
+        server.stop()
+        trained = "work/*-train-model/stable/*/step-*"
+        wait_for(lambda: any(run.storage.glob(trained)), "a checkpoint without the server", driver)
+        server.start()
+        assert run.finish(driver) == 0, run.output
+    finally:
+        server.stop()
     assert run.value("begin-model-0")["steps"] == 10
     found = result(run)
-    assert [trial.steps for trial in found.trials] == [20, 20]
+    assert [(trial.state, trial.steps) for trial in found.trials] == [(FINISHED, 20)] * 2
+    for trial in found.trials:  # of the shared beginning too: each has its whole curve
+        curve = f"select step from metrics where key = 'loss/D1' and run_uuid = '{trial.run}' order by step"
+        assert run.rows(curve) == [(5,), (10,)]
+        curve = f"select step from metrics where key = 'loss/D2' and run_uuid = '{trial.run}' order by step"
+        assert run.rows(curve) == [(15,), (20,)]
+    check_runs(run)
 
     plain = make_run("plain", models={"model": {**model, "lambda_adv2": 0.01, "train": {"steps": steps}}})
     plain.recipe["train"], plain.command = TRAIN, "train"
     assert plain.finish() == 0, plain.output
     assert digest(run.storage / found.trials[1].weights) == plain.weights("model")
     assert digest(run.storage / found.trials[0].weights) != plain.weights("model")
-    edges = run.rows("select status from runs where name = 'trial-001'")
-    assert edges == [("FINISHED",)]
-    curve = (
-        f"select step from metrics where key = 'loss/D1' and run_uuid = '{found.trials[1].run}' order by step"
-    )
-    assert run.rows(curve) == [(5,), (10,)]  # of the shared beginning: each trial has its whole curve
-    check_runs(run)
-
-
-def test_population_based_training_while_the_server_restarts(make_run: Callable[..., Run]) -> None:
-    run = make_sweep(
-        make_run,
-        "population",
-        {"name": "context_encoder", **ENCODER},
-        {"train": 20},
-        fields={"model.lambda_adv": {"loguniform": [1e-4, 1]}},
-        search="random",
-        scheduler="pbt",
-        every=5,
-        budget={"trials": 4},
-    )
-    run.storage.mkdir()
-    server = Server(run.storage)
-    server.start()
-    try:
-        driver = run.start("--tracking", server.uri)
-        wait_for(lambda: any(trial["steps"] >= 5 for trial in ledger(run)), "a first part", driver)
-        server.stop()
-        before = max(trial["steps"] for trial in ledger(run))
-        wait_for(
-            lambda: run.storage.glob(f"work/*-train-model-{before + 5}/stable/*/step-*"),
-            "training without the server",
-            driver,
-        )
-        server.start()
-        assert run.finish(driver) == 0, run.output
-    finally:
-        server.stop()
-    found = result(run)
-    assert [(trial.state, trial.steps) for trial in found.trials] == [(FINISHED, 20)] * 4
-    changed = [trial for trial in found.trials if trial.changes]
-    assert changed
-    for trial in changed:
-        key = "value/model.lambda_adv"
-        rows = run.rows(f"select step, value from metrics where key = '{key}' and run_uuid = '{trial.run}'")
-        logged = dict(rows)
-        for step, values in trial.changes:
-            assert logged[step + 5] == pytest.approx(values["model.lambda_adv"])
-    check_runs(run)
-    html = (run.storage / run.value("sweep")["result"]).with_name("sweep.html").read_text()
-    assert yaml.safe_load(
-        (run.storage / run.value("sweep")["result"]).with_name("small-best.yaml").read_text()
-    )
-    assert "model.lambda_adv" in html
 
 
 class Server:

@@ -42,7 +42,7 @@ def test_the_next_life_of_a_sweep_proposes_what_was_begun_and_nothing_that_is_ov
     assert [first.suggest("")["values"][FIELD] for _ in range(3)] == [0.1, 0.2, 0.3]
     end(ledger, 1)
     chain = [(50, {FIELD: 0.35})]  # population-based training changed it
-    ledger.write(Entry(Trial(2, {FIELD: 0.35}, RUNNING, steps=50), chain=chain, looks=[(50, 20.0)]))
+    ledger.write(Entry(Trial(2, {FIELD: 0.35}, RUNNING, steps=50), {FIELD: 0.3}, chain, looks=[(50, 20.0)]))
 
     second = Proposals(space, reopened(ledger))
     assert [second.suggest("") for _ in range(3)] == [
