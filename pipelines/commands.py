@@ -34,12 +34,34 @@ def plan(args: argparse.Namespace) -> int:
 
 def status(args: argparse.Namespace) -> int:
     workflow = _workflow(args)
-    rows = [
-        [s.name, s.state, str(s.attempts or ""), _seconds(s.seconds), s.error or s.why]
-        for s in workflow.status()
-    ]
+    steps = workflow.status()
+    rows = [[s.name, s.state, str(s.attempts or ""), _seconds(s.seconds), s.error or s.why] for s in steps]
     _print_table(["step", "state", "attempts", "seconds", "note"], rows)
+    sweeps = [step.key for step in steps if step.name == "sweep" and step.key]
+    if sweeps:
+        _print_trials(workflow, sweeps[0])
     return 0
+
+
+def _print_trials(workflow: Workflow, key: str) -> None:
+    from pipelines.ledger import Ledger
+    from pipelines.sweep_result import in_words
+
+    trials = Ledger(workflow.storage, f"work/{key}/stable/trials", 0).trials
+    rows = [
+        [
+            f"trial {t.number}",
+            t.state,
+            str(t.steps or ""),
+            _seconds(t.seconds or None),
+            in_words(t.values),
+            t.reason,
+        ]
+        for t in trials
+    ]
+    if rows:
+        print()
+        _print_table(["trial", "state", "steps", "seconds", "values", "note"], rows)
 
 
 def shard(args: argparse.Namespace) -> int:
@@ -223,10 +245,11 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 
 def _workflow(args: argparse.Namespace) -> Workflow:
+    from pipelines.sweep import build_sweep
     from pipelines.workflow import build_workflow
 
     recipe = _recipe(args)
-    return build_workflow(recipe, _tracking_for(recipe))
+    return (build_workflow if recipe.sweep is None else build_sweep)(recipe, _tracking_for(recipe))
 
 
 def _tracking_for(recipe: Recipe) -> Tracking:

@@ -10,7 +10,7 @@ from data_prep.storage import Storage
 from pipelines import tracking
 from pipelines.attempt import Progress
 from pipelines.durable import StepContext, Value
-from pipelines.proposals import Ledger
+from pipelines.ledger import Ledger
 from pipelines.provenance import code_version
 from pipelines.reading import parse_recipe
 from pipelines.recipe import Recipe
@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 def search(ctx: StepContext, client: MlflowClient | None, run: str) -> Value:
     """Run the trials, as many side by side as the cluster holds; `stable` keeps what must outlive this process."""
     recipe = parse_recipe({**ctx.config["recipe"], "scaling": ctx.local["scaling"]})
+    known = ctx.inputs["baselines"]
+    for metric in sweep_of(recipe).metrics:
+        if not any(metric in scores for scores in known["scores"].values()):
+            raise ValueError(f"sweep.metrics: {metric} cannot be had here: {'; '.join(known['reasons'][:1])}")
     trials = _trials(ctx, recipe, run)
     ledger = Ledger(ctx.storage, trials.local["trials"], trials.total - trials.start)
     books = Books(ledger, trials, _planned(recipe), client)

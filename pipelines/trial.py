@@ -210,12 +210,13 @@ def baselines(ctx: StepContext) -> Value:
     spec = replace(EvaluationSpec.of(ctx.config), samples=0)
     truth = truth_features(photos, spec)
     found = evaluate(methods(), photos, spec, progress=ctx.progress, truth=truth)
-    out = ctx.storage.sub(ctx.work)
+    out, first = ctx.storage.sub(ctx.work), next(iter(found.bands))
     return {
         "outputs": [f"{ctx.work}/{key}" for key in [*found.save(out.write), _save_array(out, truth)]],
         "evaluation": ctx.work,
         "scores": {method: _scores(found, method) for method in found.methods},
         "photographs": len(found.photos),
+        "reasons": [row["reason"] for row in found.distances.get(first, {}).values() if "reason" in row],
     }
 
 

@@ -28,9 +28,10 @@ from ray.tune.search import Searcher
 
 from pipelines import tracking
 from pipelines.attempt import failure
-from pipelines.proposals import RUNNING, Entry, Ledger, Link, Proposals
+from pipelines.ledger import RUNNING, Entry, Ledger
+from pipelines.proposals import Proposals
 from pipelines.recipe import Domain
-from pipelines.space import Values, sweep_of
+from pipelines.space import Link, Values, sweep_of
 from pipelines.sweep_result import FAILED, FINISHED, SEED, STOPPED, SweepResult, in_words
 from pipelines.trial import Trials, label, run_trial
 

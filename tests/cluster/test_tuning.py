@@ -16,7 +16,7 @@ import ray
 
 from data_prep.storage import open_storage
 from pipelines.attempt import Progress
-from pipelines.proposals import Ledger
+from pipelines.ledger import Ledger
 from pipelines.reading import parse_recipe
 from pipelines.space import milestones, sweep_of
 from pipelines.sweep_result import FAILED, FINISHED, STOPPED, Trial

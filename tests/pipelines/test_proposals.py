@@ -10,7 +10,8 @@ import pytest
 from ray.tune.search import Searcher
 
 from data_prep.storage import open_storage
-from pipelines.proposals import RUNNING, Entry, Ledger, Proposals
+from pipelines.ledger import RUNNING, Entry, Ledger
+from pipelines.proposals import Proposals
 from pipelines.reading import parse_recipe
 from pipelines.recipe import Recipe
 from pipelines.sweep_result import FAILED, FINISHED, STOPPED, SweepResult, Trial

@@ -11,7 +11,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from data_prep.storage import open_storage
 from pipelines.attempt import Board, Progress
-from pipelines.proposals import RUNNING, Entry, Ledger
+from pipelines.ledger import RUNNING, Entry, Ledger
 from pipelines.reading import parse_recipe
 from pipelines.sweep_result import FAILED, FINISHED, STOPPED, Trial
 from pipelines.trial import Trials
