@@ -68,7 +68,11 @@ def test_the_readme_is_as_this_test_expects() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [c for c in readme_commands() if c.startswith("inpaint") and " run " not in c and " train " not in c],
+    [
+        c
+        for c in readme_commands()
+        if c.split()[0] == "inpaint" and c.split()[1] not in ("run", "train", "sweep")
+    ],
 )
 def test_readme_command(command: str, inpaint: Callable[..., tuple[int, str]]) -> None:
     status, output = inpaint(*shlex.split(command)[1:])
@@ -87,6 +91,30 @@ def test_readme_runs(place: Run, inpaint: Callable[..., tuple[int, str]]) -> Non
     status, output = inpaint("status", "demo", "--set", "data.source=photos", *short)
     assert status == 0
     assert output.count("finished") >= 7
+
+
+@pytest.mark.timeout(600)
+def test_readme_sweep(inpaint: Callable[..., tuple[int, str]]) -> None:
+    """The sweep of the README in a short version, and `run`, which goes on from it to a registered version."""
+    model = "models.edge_connect-canny"
+    short = ["data.size=32", "data.margin=4", "data.val=0.4", "train.batch=4", "evaluate.distance.crops=32"]
+    short += ["evaluate.count=8", f"{model}.width=0.08", f"{model}.residual_blocks=1", f"{model}.lambda_p=0"]
+    short += [f"{model}.lambda_s=0", f"{model}.train.steps={{inpaint_canny: 5}}", "train.checkpoint_every=5"]
+    short += ["train.log_every=5", "sweep.fields={edges.sigma: [1, 2]}", "sweep.train={}"]
+    options = [argument for value in short for argument in ("--set", value)]
+    for command in (
+        "sweep edge_connect-sigma --set data.source=photos",
+        "run edge_connect-sigma --set data.source=photos",
+    ):
+        assert any(command in line for line in readme_commands())
+        status, output = inpaint(*shlex.split(command), *options)
+        assert status == 0, output
+    assert "the sweep was found finished" in output
+    assert "registered models:/edge_connect-canny/1 (champion" in output
+    status, output = inpaint("status", "edge_connect-sigma", "--set", "data.source=photos", *options)
+    assert (status, output.count("trial 0"), output.count("trial 1")) == (0, 1, 1)
+    status, output = inpaint("models", "show", "edge_connect-canny@champion")
+    assert "edge_connect-sigma" in output  # the sweep that its values are from
 
 
 def test_the_registry_through_the_command_line(inpaint: Callable[..., tuple[int, str]]) -> None:
@@ -124,6 +152,9 @@ def test_a_checkpoint_folder_is_a_model_too(place: Run, inpaint: Callable[..., t
     [
         (["run", "dema"], "did you mean demo"),
         (["run", "demo", "--set", "data.sizee=3"], "did you mean size"),
+        (["sweep", "demo"], "demo has no sweep block"),
+        (["sweep", "edge_connect-sigma", "--set", "sweep.fields={edges.sigma: [-1]}"], "edges.sigma = -1"),
+        (["sweep", "edge_connect-sigma", "--set", "sweep.fields={edges.sigma: []}"], "is empty"),
         (["run", "demo", "--set", "data.source=/nowhere/at/all"], "/nowhere/at/all"),
         (["run", "demo", "--set", "data.source=empty"], "empty"),
         (["run", "demo", "--storage", "/proc/nothing"], "/proc/nothing"),
