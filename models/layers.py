@@ -111,7 +111,11 @@ class GatedConv2d(nn.Module):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        features, gates = self.conv(x).chunk(2, dim=1)
+        y = self.conv(x)
+        features, gates = y.chunk(2, dim=1)
+        if not torch.compiler.is_exporting() and y.stride(1) == 1:
+            # channels_last: halves of every pixel's numbers, through which the activations would crawl
+            features, gates = features.clone(), gates.clone()
         return self.activation(features) * torch.sigmoid(gates)
 
 

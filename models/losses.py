@@ -126,7 +126,9 @@ def gradient_penalty(
     real + at (fake - real), with `at` [B] in [0,1]. Needs grad mode; the inputs get no gradient.
     """
     between = torch.lerp(real, fake, at.to(real).view(-1, 1, 1, 1)).detach().requires_grad_()
-    (slope,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+    with torch.compiler.set_stance("force_eager"):  # what is compiled cannot be differentiated twice
+        on_between = critic(between)
+    (slope,) = torch.autograd.grad(on_between.sum(), between, create_graph=True)
     return ((torch.linalg.vector_norm((slope * mask).flatten(1), dim=1) - 1) ** 2).mean()
 
 

@@ -16,6 +16,7 @@ import itertools
 import json
 import re
 import uuid
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -191,9 +192,11 @@ def _follow(client: MlflowClient, name: str, alias: str) -> bool:
                 gone = to
             elif error.error_code != "BAD_REQUEST":  # said when two make the same row
                 raise
-    for key in _leftovers(model.tags, alias, len(moves)):
-        with suppress(MlflowException):  # another one tidies up too
-            client.delete_registered_model_tag(name, key)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what others tidied up
+        for key in _leftovers(model.tags, alias, len(moves)):
+            with suppress(MlflowException):
+                client.delete_registered_model_tag(name, key)
     return to != gone
 
 

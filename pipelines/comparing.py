@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from pipelines.tables import COLUMNS
 LEVEL = 0.95
 ENOUGH = 10  # pairs below which no interval is given: a bootstrap of fewer is too short
 RESAMPLES = 9999
-METHOD = f"{LEVEL:.0%} intervals of the mean paired difference: bootstrap over photographs, BCa, {RESAMPLES} resamples"
+METHOD = f"{LEVEL * 100:.0f} % intervals of the mean paired difference: BCa bootstrap over photographs, {RESAMPLES} draws"
 
 Column = Sequence[float | None]
 """A method's score of every photograph; None: it has none there."""
@@ -47,7 +46,7 @@ class Difference:
     @property
     def verdict(self) -> str:
         if self.low is None or self.high is None:
-            return f"too few for an interval (under {ENOUGH})"
+            return f"too few (under {ENOUGH})"
         if self.low == self.high == 0:
             return "the same"
         if self.low <= 0 <= self.high:
@@ -142,41 +141,6 @@ def interval(values: np.ndarray, level: float = LEVEL, seed: int = 0) -> tuple[f
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return float(found.low), float(found.high)
-
-
-def comparison_rows(evaluation: Evaluation, a: str, b: str) -> list[dict[str, Any]]:
-    """Every difference as plain values, with its verdict."""
-    return [asdict(found) | {"verdict": found.verdict} for found in differences(evaluation, a, b)]
-
-
-def comparison_text(evaluation: Evaluation, a: str, b: str) -> str:
-    """The table for a terminal of 100 columns: the metrics of the main table in every band, and the distances."""
-    rows = differences(evaluation, a, b)
-    lines = [f"A: {a}", f"B: {b}", METHOD]
-    for masks in evaluation.bands:
-        of_masks = [row for row in rows if row.masks == masks]
-        lines += ["", f"{masks} masks, {len(evaluation.photos)} photographs"]
-        lines.append(f"{'hole %':<8}{'n':>5}  {'':<10}{'A':>9}{'B':>9}{'B - A':>10}  {'interval':<22}B is")
-        for band in dict.fromkeys(row.band for row in of_masks):
-            first = True
-            for heading, metric, digits in COLUMNS:
-                for row in of_masks:
-                    if (row.band, row.metric) == (band, metric) and not metric.startswith("tv"):
-                        lead = f"{band:<8}{row.n:>5}" if first else " " * 13
-                        figures = f"{row.a:>9.{digits}f}{row.b:>9.{digits}f}{row.difference:>+10.{digits}f}"
-                        lines.append(f"{lead}  {heading:<10}{figures}  {row.interval:<22}{row.verdict}")
-                        first = False
-        left_out = max((row.left_out for row in of_masks), default=0)
-        if left_out:
-            lines.append(f"{left_out} photographs with an exact result, whose PSNR is infinite, are left out")
-        distances = evaluation.distances.get(masks, {})
-        known = [distances.get(method, {}) for method in (a, b)]
-        if all("fd" in entry for entry in known):
-            one, other = known
-            lines.append(f"Frechet distance on {one['name']}: A {one['fd']:.2f}, B {other['fd']:.2f} (no pairs)")
-        elif any("reason" in entry for entry in known):
-            lines.append(f"Frechet distance: none, {next(e['reason'] for e in known if 'reason' in e)}")
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def _digits(metric: str) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
@@ -29,10 +29,11 @@ def export_version(
 
     onnx: as export_onnx (`size`: for one size only). pt2: the version's program, for torch.export.load. safetensors: all
     networks, critics too, with a description beside it (out.json): in a folder of its own, as model.safetensors, a
-    checkpoint folder. Keys of what is returned: name, version, path, bytes, difference (the largest of what is written
-    from the version's program, over inputs of several shapes: at most 1e-5, or where float32 alone errs by more, ten
-    times that). ValueError in one line: no such version; one that an earlier release registered, without its networks;
-    what differs, or ONNX cannot express. RuntimeError: the packages of the extra `onnx` are not installed.
+    checkpoint folder. Keys of what is returned: name, version, path, bytes, difference (the largest between the version's
+    program and what is written; of the program itself, the model that is built again; over inputs of several shapes: at
+    most 1e-5, or where float32 alone errs by more, ten times that). ValueError in one line: no such version; one that an
+    earlier release registered, without its networks; what differs, or ONNX cannot express. RuntimeError: the packages of
+    the extra `onnx` are not installed.
     """
     if out.is_dir():
         raise ValueError(f"{out} is a folder: name a file, for example {out / f'model.{form}'}")
@@ -44,27 +45,34 @@ def export_version(
         version = find_version(client, uri)
         label = f"{version.name} version {version.version}"
         _, program = load_program(version, folder)
-        model, about = rebuilt(version, folder)
-        completion = model.completion().cpu().eval()
+        try:
+            model, about = rebuilt(version, folder)
+        except RegistryError:
+            if form != "pt2":
+                raise
+            completion = program
+        else:
+            completion = model.completion().cpu().eval()
         if form == "onnx":
             path = Path(folder, "model.onnx")
             kept = {key: about[key] for key in KEPT if about.get(key) is not None}
             export_onnx(model, path, size, {**kept, "version": label})
             files, compute = {out: path}, runner(path)
-        elif form == "pt2":
-            files = {out: Path(folder, PROGRAM)}
-            compute = torch.export.load(files[out]).module()
-        else:
+        elif form == "safetensors":
             weights = Path(folder, CHECKPOINT)
             files = {out: weights / WEIGHTS, out.with_suffix(".json"): weights / DESCRIPTION}
             compute = completion
+        else:
+            files, compute = {out: Path(folder, PROGRAM)}, completion
         shapes = CHECKED if size is None else [(b, size, size) for b in (1, 2)]
         checked = [
             compared(compute, completion, request(*shape), f"{form} of {label}", program) for shape in shapes
         ]
         out.parent.mkdir(parents=True, exist_ok=True)
         for target, source in files.items():
-            shutil.copyfile(source, target)
+            part = target.with_name(f".{target.name}.part")
+            shutil.copyfile(source, part)
+            os.replace(part, target)
     return {
         "name": version.name,
         "version": str(version.version),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.base import UNIFORM, Model, Phase
+from pipelines.compiling import compilation, compile_networks
 
 
 class NonFiniteLoss(ValueError):
@@ -83,8 +84,7 @@ class Learner:
         if self.channels_last:
             self.model.networks.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.compiled:
-            for network in self.model.networks.values():
-                network.compile()
+            compile_networks(self.model.networks.values())
         self.phase: Phase | None = None
         self.optimisers: dict[str, torch.optim.Optimizer] = {}
         self.gradients: dict[str, Tensor] = {}
@@ -100,7 +100,10 @@ class Learner:
 
         Raises NonFiniteLoss, on every rank alike, before a parameter changes.
         """
-        with _sound_convolutions(self.bfloat16 and self.device.type == "cpu"):
+        with (
+            _sound_convolutions(self.bfloat16 and self.device.type == "cpu"),
+            compilation() if self.compiled else nullcontext(),
+        ):
             return self._step(step, batch)
 
     def _step(self, step: int, batch: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -270,6 +273,7 @@ class Learner:
                 self.enter(phase)
                 for name, optimiser in self.optimisers.items():
                     optimiser.load_state_dict(state["optimisers"][name])
+                    _lay_out(optimiser)
         return int(state["step"])
 
 
@@ -283,6 +287,15 @@ def _flat_gradient(network: nn.Module) -> Tensor:
             parameter.shape, parameter.stride()
         )  # channels_last, if that is the layout
     return flat
+
+
+def _lay_out(optimiser: torch.optim.Optimizer) -> None:
+    """Give moments the memory layout of their parameters: fused Adam goes through both as they lie, and a state may
+    come from a learner with another layout."""
+    for parameter, state in optimiser.state.items():
+        for key, value in state.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[key] = torch.empty_like(parameter).copy_(value)
 
 
 @contextmanager

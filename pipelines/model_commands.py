@@ -225,7 +225,8 @@ def _delete(args: argparse.Namespace, uri: str) -> Answer:
     if not args.yes:
         if not sys.stdin.isatty():
             raise ValueError(f"deleting {name} version {version} needs --yes where nobody can be asked")
-        if input(f"type {name}/{version} to delete it: ").strip() != f"{name}/{version}":
+        print(f"type {name}/{version} to delete it: ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip() != f"{name}/{version}":
             raise ValueError(f"{name} version {version} was not deleted")
     registry.delete(name, version, uri)
     return {"name": name, "version": version, "deleted": True}, (

@@ -23,7 +23,6 @@ from pipelines.evaluate import evaluate as score
 from pipelines.figures import encode_png, sample_grid
 from pipelines.learner import make_schedule
 from pipelines.provenance import TAG, made_by
-from pipelines.scores import Evaluation
 from pipelines.steps import Value, tracked
 from pipelines.tables import table_markdown
 from pipelines.tracking import Tracking

@@ -7,6 +7,7 @@ from typing import Any
 
 LABEL = 12  # columns of what stands before a line
 MISSING = "not on record"
+RAY = ("job", "submission", "nodes", "cpus", "gpus")
 
 
 def shown(found: Mapping[str, Any]) -> str:
@@ -26,7 +27,8 @@ def _model(found: Mapping[str, Any]) -> str:
         }
         for row in found["versions"]
     ]
-    return "\n".join([f"{found['name']}: {len(rows)} versions", *table(rows), *moves(found["history"])])
+    count = f"{len(rows)} version{'' if len(rows) == 1 else 's'}"
+    return "\n".join([f"{found['name']}: {count}", *table(rows), *moves(found["history"])])
 
 
 def _version(found: Mapping[str, Any]) -> str:
@@ -41,7 +43,9 @@ def _version(found: Mapping[str, Any]) -> str:
         "edges": _edges(model, edges),
         "code": _code(found["code"]),
         "packages": _pairs(found["packages"]),
-        "ray": _pairs(found["ray"]),
+        "ray": _pairs(
+            {key: found["ray"][key] for key in RAY if key in found["ray"]} if found["ray"] else None
+        ),
         "sweep": _pairs(found["sweep"]) or "none",
         "run": found["run_id"],
         "curves": found["curves"] and f"run {found['curves']['run']}: {found['curves']['at']}",
@@ -70,12 +74,12 @@ def _trained(model: Mapping[str, Any]) -> str:
 
 
 def _edges(model: Mapping[str, Any], digests: Mapping[str, str] | None) -> str | None:
+    if digests:
+        return "Canny, " + ", ".join(f"sigma {sigma} ({digest})" for sigma, digest in digests.items())
     if not (model.get("needs_edges") or model.get("takes_edges")):
         return "none: the model takes none" if model else None
-    said = f"Canny, sigma {model['sigma']:g}, {model.get('edge_source', 'full')}"
-    if digests is None:
-        return f"{said}; digest {MISSING}"
-    return f"{said}; {_pairs(digests)}" if digests else f"{said}; made on the fly, without tars"
+    said = f"Canny, sigma {model['sigma']:g}"
+    return f"{said}; digest {MISSING}" if digests is None else f"{said}; made on the fly, without tars"
 
 
 def _code(code: Mapping[str, str] | None) -> str | None:
@@ -98,7 +102,7 @@ def _pairs(values: Mapping[str, Any] | None) -> str:
     return ", ".join(
         f"{key} {f'{value:g}' if isinstance(value, float) else value}"
         for key, value in (values or {}).items()
-        if value
+        if value not in (None, "")
     )
 
 

@@ -48,7 +48,7 @@ def export_onnx(
     """
     try:
         import onnx
-        import onnxruntime
+        import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise RuntimeError(

@@ -15,15 +15,19 @@ from pipelines.completers import photographs
 from pipelines.durable import StepContext
 from pipelines.evaluate import EvaluationSpec
 from pipelines.figures import encode_png, sample_grid
+from pipelines.judging import against_champion
 from pipelines.model_steps import local_folder
-from pipelines.promoting import against_champion
 from pipelines.provenance import TAG, made_by
 from pipelines.scores import Evaluation
 from pipelines.searching import DISTANCE, PROTOCOL, split_column
 from pipelines.steps import Value, tracked
 from pipelines.weights import load_weights
 
-NOT_COMPARED = ("versions", "true_edges", "distance")  # of a protocol: scores of the rest compare without them
+NOT_COMPARED = (
+    "versions",
+    "true_edges",
+    "distance",
+)  # of a protocol: scores of the rest compare without them
 TRIES = 5  # of becoming champion, each after a comparison with whoever did meanwhile
 
 
@@ -179,7 +183,9 @@ def beats(
         old = registry.load_model(f"models:/{name}/{champion}", tracking_uri=uri)
         found = against_champion(old, scores, label, photos, spec, ctx.config["metric"])
     except ValueError as error:
-        reason = f"the champion, version {champion}, cannot be compared with here, so nothing is known: {error}"
+        reason = (
+            f"the champion, version {champion}, cannot be compared with here, so nothing is known: {error}"
+        )
         return False, reason, None
     return found.gain > 0, f"{found} of version {champion} on the same photographs", vars(found)
 

@@ -40,7 +40,6 @@ __all__ = [
     "Overtaken",
     "RegistryError",
     "best",
-    "current_champion",
     "delete",
     "history",
     "list_models",
@@ -51,7 +50,6 @@ __all__ = [
     "rollback",
     "search",
     "show",
-    "still_registered",
 ]
 
 LATER = {  # these need torch, or files of a version: imported when they are wanted, as looking up shall be quick
@@ -66,23 +64,6 @@ def __getattr__(name: str) -> Any:
     if name in LATER:
         return getattr(importlib.import_module(f"pipelines.{LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def still_registered(name: str, version: str, step_key: str, tracking_uri: str | None = None) -> bool:
-    """Whether a finished step's version is still there: versions can be deleted by hand."""
-    try:
-        with connected(tracking_uri) as client:
-            return find_version(client, f"models:/{name}/{version}").tags.get("step_key") == step_key
-    except RegistryError:
-        return False
-
-
-def current_champion(name: str, tracking_uri: str | None = None) -> str | None:
-    """The version under the alias `champion`; None when there is none, or no such model yet."""
-    with connected(tracking_uri) as client:
-        found = pages(client.search_registered_models, filter_string=f"name = '{name}'")
-        champion = found[0].aliases.get(CHAMPION) if found else None
-        return None if champion is None else str(champion)
 
 
 def place(name: str, alias: str = CHAMPION, tracking_uri: str | None = None) -> Place:

@@ -49,7 +49,7 @@ def search(
     name: str | None = None,
     *,
     where: str | Sequence[str] = (),
-    filter: str = "",  # noqa: A002  # as MLflow calls it
+    filter: str = "",
     order_by: str = "created desc",
     limit: int | None = None,
     tracking_uri: str | None = None,
@@ -69,7 +69,10 @@ def search(
         rows = version_rows(client, name, filter)
     scores = sorted({column for row in rows for column in row["scores"]})
     frame = pd.DataFrame(
-        [{**{key: row[key] for key in row if key not in ("scores", "distance")}, **row["scores"]} for row in rows],
+        [
+            {**{key: row[key] for key in row if key not in ("scores", "distance")}, **row["scores"]}
+            for row in rows
+        ],
         columns=[*ABOUT, *scores],
     ).astype({"version": int, "sigma": float, "size": "Int64", **dict.fromkeys(scores, float)})
     frame["created"] = pd.to_datetime(frame["created"], utc=True)
@@ -77,7 +80,9 @@ def search(
         match = CONDITION.fullmatch(condition)
         value = _number(match[3]) if match else None
         if not match or value is None:
-            raise ValueError(f"{condition!r} is no condition: write, for example, 'center/psnr_rgb_hole > 18'")
+            raise ValueError(
+                f"{condition!r} is no condition: write, for example, 'center/psnr_rgb_hole > 18'"
+            )
         kept = COMPARE[match[2]](frame[column_of(frame.columns, match[1])], value)
         frame = frame[kept.fillna(False).astype(bool)]
     column, _, direction = order_by.strip().partition(" ")

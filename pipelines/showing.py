@@ -16,10 +16,31 @@ from pipelines.searching import SCORES, model_id, scores_of
 from pipelines.versions import connected, fetch, find_model, find_version, versions_of, when
 
 MODEL = (
-    *("model", "options", "size", "sigma", "sigmas", "edge_source", "needs_edges", "takes_edges", "true_edges"),
+    *(
+        "model",
+        "options",
+        "size",
+        "sigma",
+        "sigmas",
+        "edge_source",
+        "needs_edges",
+        "takes_edges",
+        "true_edges",
+    ),
     *("masks", "hole_range", "steps", "seed", "imported"),
 )
-RECORDED = ("recipe", "shards", "edges", "sweep", "code", "packages", "ray", "protocol", "photographs", "scored_on")
+RECORDED = (
+    "recipe",
+    "shards",
+    "edges",
+    "sweep",
+    "code",
+    "packages",
+    "ray",
+    "protocol",
+    "photographs",
+    "scored_on",
+)
 
 
 def show(uri: str, tracking_uri: str | None = None) -> dict[str, Any]:
@@ -51,9 +72,7 @@ def show(uri: str, tracking_uri: str | None = None) -> dict[str, Any]:
             "model": {key: metadata[key] for key in MODEL if key in metadata} or None,
             **{key: metadata.get(key) for key in RECORDED},
             "curves": {"run": training, "at": run_place(client, training)} if training else None,
-            "samples": [
-                artifact_place(client, version.run_id, path) for path in metadata.get("samples", ())
-            ],
+            "samples": [artifact_place(client, version.run_id, path) for path in metadata.get("samples", ())],
             "signature": _signature(described),
             "input_example": (described.saved_input_example_info or {}).get("artifact_path")
             if described

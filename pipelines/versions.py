@@ -150,7 +150,7 @@ def pages(search: Callable[..., Any], **arguments: Any) -> list[Any]:
 
 
 def version_uri(text: str, alias: str = CHAMPION) -> str:
-    """NAME@ALIAS and NAME/VERSION, with or without models:/ before them, as a models:/ URI; of a plain NAME, its champion."""
+    """NAME@ALIAS, NAME/VERSION or NAME (its champion), with or without models:/ before it, as a models:/ URI."""
     name = text.removeprefix("models:/")
     return f"models:/{name}" if "@" in name or "/" in name else f"models:/{name}@{alias}"
 
@@ -190,9 +190,7 @@ def _said(error: Exception, uri: str) -> str:
         return f"{user or 'this user'} may not do that in the MLflow at {shown}: ask its administrator for the permission"
     if "readonly database" in text or "unable to open database file" in text:
         doing = "write" if "readonly" in text else "open"
-        return (
-            f"this user may not {doing} MLflow's database {shown}: ask for write permission on the file and its folder"
-        )
+        return f"this user may not {doing} MLflow's database {shown}: ask for write permission on the file and its folder"
     if "database is locked" in text:
         return f"MLflow's database {shown} is busy with somebody else's work: try again"
     return f"MLflow at {shown}: {text[:400]}"

@@ -3,7 +3,8 @@
     photographs --shard--> tars --edges(sigma)--> edge tars
         --train(model) x N--> weights --evaluate--> scores --register--> versions
 
-Each arrow is a durable step; what a step does is in steps.py and model_steps.py, how it survives is in durable.py.
+Each arrow is a durable step; what a step does is in steps.py, model_steps.py and registering.py, how it
+survives in durable.py.
 """
 
 from __future__ import annotations
@@ -99,7 +100,18 @@ def shard_step(recipe: Recipe) -> Step:
 
 def sharding(recipe: Recipe) -> dict[str, Any]:
     """The fields that make the shards what they are."""
-    keys = "source size margin crop format quality val test shard_photos max_rejects".split()
+    keys = [
+        "source",
+        "size",
+        "margin",
+        "crop",
+        "format",
+        "quality",
+        "val",
+        "test",
+        "shard_photos",
+        "max_rejects",
+    ]
     return {key: getattr(recipe.data, key) for key in keys}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small import liven, without_traces
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from models import list_models
 from models.base import Completion, Model
@@ -41,8 +40,7 @@ SIZES = [(1, 35, 49), (3, 52, 40), (2, 64, 64), (1, 21, 45)]  # none of which th
 
 @pytest.fixture(autouse=True)
 def _fast_and_seeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # pytest listens to every logger that does not propagate, and torch writes its traces to this one if anybody does
-    monkeypatch.setattr(logging.getLogger("torch.__trace"), "propagate", True)
+    without_traces(monkeypatch)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -50,30 +48,6 @@ def _fast_and_seeded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     gc.enable()
     torch.set_num_threads(threads)
-
-
-def liven(model: Model) -> Model:
-    """Scale every layer so that its output has deviation 0.5: new networks hardly look at their input, and any wrong
-    file would be right."""
-
-    def scale(layer: Any, inputs: Any, output: Any) -> Any:
-        y = output[0] if isinstance(output, tuple) else output  # a partial convolution gives its mask too
-        deviation = 2 * y.std()
-        if parametrize.is_parametrized(layer) or not deviation > 0:
-            return None
-        layer.weight /= deviation
-        if layer.bias is not None:
-            layer.bias /= deviation
-        return (y / deviation, *output[1:]) if isinstance(output, tuple) else y / deviation
-
-    completion = model._completion().eval()
-    layers = [m for m in completion.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear))]
-    handles = [layer.register_forward_hook(scale) for layer in layers]
-    with torch.no_grad():
-        completion(request(3, 64, 64))
-    for handle in handles:
-        handle.remove()
-    return model
 
 
 def request(b: int, h: int, w: int) -> Tensor:
@@ -109,7 +83,7 @@ def agrees(program: Any, model: Model, x: Tensor) -> Tensor:
 def test_onnxruntime_completes_what_the_model_does(
     name: str, small: Callable[..., Model], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    model = liven(small(name))
+    model = liven(small(name), request(3, 64, 64))
     size = None if TAKES.get(name, "size") == "size" else 32
     result = export_onnx(model, tmp_path / "model.onnx", size, {"sigma": 1.5})
     assert capfd.readouterr() == ("", "")
@@ -127,7 +101,7 @@ def test_onnxruntime_completes_what_the_model_does(
 
 
 def test_a_file_of_a_fixed_size_takes_any_batch(small: Callable[..., Model], tmp_path: Path) -> None:
-    model = liven(small("context_encoder_region"))
+    model = liven(small("context_encoder_region"), request(3, 64, 64))
     result = export_onnx(model, tmp_path / "made" / "model.onnx", 40)
     assert (result["size"], [found["shape"] for found in result["checked"]]) == (
         40,
