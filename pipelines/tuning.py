@@ -160,7 +160,8 @@ class Books(Callback):
     def __init__(self, ledger: Ledger, trials: Trials, planned: int, client: MlflowClient | None) -> None:
         self.ledger, self.trials, self.planned, self.client = ledger, trials, planned, client
         self.clock: dict[int, float] = {}  # seconds of this life that a trial has reported
-        self.untold: set[int] = set()  # trials whose end MLflow does not know yet
+        # trials whose end MLflow may not know: a sweep can die between the ledger and the server
+        self.untold = {trial.number for trial in ledger.over}
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"client": None}  # Tune pickles its callbacks, and uses this one where it is
@@ -211,7 +212,11 @@ class Books(Callback):
         """End the MLflow runs of trials that are over."""
         for number in sorted(self.untold):
             trial = self.ledger.entries[number].trial
-            if self.client and trial.run:
+            if (
+                self.client
+                and trial.run
+                and self.client.get_run(trial.run).info.status != STATUS[trial.state]
+            ):
                 tags = {"inpaint.state": trial.state, "inpaint.reason": trial.reason}
                 tracking.log_tags(
                     self.client, trial.run, {key: value for key, value in tags.items() if value}

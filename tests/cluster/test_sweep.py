@@ -22,7 +22,7 @@ pytestmark = pytest.mark.timeout(600)
 
 TRAIN = {"batch": 8, "ema": 0.9, "checkpoint_every": 5, "log_every": 5}
 ENCODER = {"size": 32, "width": 0.1, "overlap": 0}
-EVALUATE = {"count": 8, "samples": 2, "distance": {"crops": 32}}
+EVALUATE = {"count": 8, "samples": 2, "distance": {"crops": 64}}
 
 
 def make_sweep(make_run: Callable[..., Run], name: str, model: dict, steps: dict, **sweep: object) -> Run:
@@ -68,39 +68,40 @@ def check_runs(run: Run) -> None:
 
 
 def test_a_killed_sweep_goes_on_where_it_was(make_run: Callable[..., Run]) -> None:
-    """Six trials under successive halving, one of which always fails."""
+    """Six trials, some of which always fail."""
     run = make_sweep(
         make_run,
         "killed",
         {"name": "context_encoder", **ENCODER, "lambda_adv": 0},
-        {"train": 10},
-        fields={"model.lambda_rec": [1, 0.1, 3.0e38], "seed": [0, 1]},
-        scheduler="asha",
-        every=5,
+        {"train": 40},
+        fields={"model.lambda_rec": [1, 3.0e38, 0.1], "seed": [0, 1]},
     )
     driver = run.start()
+
+    def begun() -> set[int]:
+        return {trial["number"] for trial in ledger(run) if trial["state"] == "running"}
+
     wait_for(
-        lambda: sum(trial["steps"] >= 5 for trial in ledger(run)) >= 2, "two trials that have begun", driver
+        lambda: FINISHED in {trial["state"] for trial in ledger(run)} and begun(), "a finished trial", driver
     )
     done = run.manifests()
     kill(family(driver.pid))
     driver.wait()
-    begun = {trial["number"]: trial["steps"] for trial in ledger(run)}
+    running = begun()
+    assert running
 
     assert run.finish() == 0, run.output
     for path, was in done.items():
-        assert run.manifests()[path] == was  # no part of a training is done again
+        assert run.manifests()[path] == was  # nothing that was finished is done again
     found = result(run)
-    assert [trial.values["model.lambda_rec"] for trial in found.trials] == [1, 0.1, 3e38] * 2
+    assert [trial.values["model.lambda_rec"] for trial in found.trials] == [1, 3e38, 0.1] * 2
     failed = [trial for trial in found.trials if trial.state == FAILED]
     assert {trial.values["model.lambda_rec"] for trial in failed} == {3e38}
     assert all("not finite" in trial.reason for trial in failed)
     assert "not finite" in run.output
-    assert all(trial.steps >= begun.get(trial.number, 0) for trial in found.trials)
-    for trial in found.trials:
-        assert trial.state in (FAILED, STOPPED) or (trial.state == FINISHED and trial.steps == 10)
-        assert trial.state != FINISHED or {"psnr_rgb_hole", "fd"} <= trial.scores.keys()
-        assert trial.state != STOPPED or trial.steps == 5
+    finished = [trial for trial in found.trials if trial.state == FINISHED]
+    assert len(finished) == 4
+    assert all(trial.steps == 40 and {"psnr_rgb_hole", "fd"} <= trial.scores.keys() for trial in finished)
     check_runs(run)
     assert run.leftovers() == []
 
@@ -117,19 +118,20 @@ def test_a_killed_sweep_goes_on_where_it_was(make_run: Callable[..., Run]) -> No
 def test_what_trials_share_is_trained_once_and_a_server_may_restart_meanwhile(
     make_run: Callable[..., Run],
 ) -> None:
-    """G1 in a sweep of a weight of G2: trained once, and no bit of a trial is another for it."""
+    """G1 in a sweep of a weight of G2, and trainings in parts: no bit of a trial is another for it."""
     model = {"name": "edge_connect", "width": 0.08, "residual_blocks": 1, "lambda_p": 0, "lambda_s": 0}
     steps = {"edge": 10, "inpaint_canny": 0, "inpaint": 10, "joint": 0}
-    run = make_sweep(make_run, "shared", model, steps, fields={"model.lambda_adv2": [0.5, 0.01]})
+    parts = {"scheduler": "median", "every": 5}  # which stops nobody before there are three
+    run = make_sweep(make_run, "shared", model, steps, fields={"model.lambda_adv2": [0.5, 0.01]}, **parts)
     run.storage.mkdir()
     server = Server(run.storage)
     server.start()
     try:
         driver = run.start("--tracking", server.uri)
-        parts = "work/*-train-model/stable/*/.validate_storage_marker"
-        wait_for(lambda: any(run.storage.glob(parts)), "the beginning of a trial's training", driver)
+        begun = "work/*-train-model-15/stable/*/.validate_storage_marker"
+        wait_for(lambda: any(run.storage.glob(begun)), "the beginning of a trial's training", driver)
         server.stop()
-        trained = "work/*-train-model/stable/*/step-*"
+        trained = "work/*-train-model-15/stable/*/step-*"
         wait_for(lambda: any(run.storage.glob(trained)), "a checkpoint without the server", driver)
         server.start()
         assert run.finish(driver) == 0, run.output
