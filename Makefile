@@ -18,8 +18,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	@$(BIN)/inpaint run demo
 
+# what starts clusters of its own has the machine to itself; everything else shares it
 test: $(READY)
-	@$(BIN)/python -m pytest
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/cluster -n auto --maxprocesses 4 --dist loadfile
+	@$(BIN)/python -m pytest tests/cluster
 
 lint: $(READY)
 	@$(BIN)/ruff check .
