@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from pipelines.reading import RecipeError, load_recipe, parse_recipe, shipped_recipes
 from pipelines.recipe import Recipe
@@ -109,7 +112,7 @@ def test_a_trial_and_the_best_recipe_are_recipes() -> None:
     best = best_recipe(space, {"edges.sigma": 1.0, "seed": 3})
     assert best.train_of("edge_connect").steps == STEPS
     assert (best.edges.sigma, best.seed_of("edge_connect"), best.evaluate.split) == ((1.0,), 0, "test")
-    assert parse_recipe(__import__("yaml").safe_load(best.to_yaml())) == best
+    assert parse_recipe(yaml.safe_load(best.to_yaml())) == best
 
 
 def test_when_the_scheduler_looks() -> None:
@@ -170,3 +173,11 @@ def test_a_sweep_of_sigma_makes_the_edges_of_every_sigma_and_no_others() -> None
 @pytest.mark.parametrize("name", [name for name in shipped_recipes() if load_recipe(name).sweep])
 def test_every_shipped_sweep_can_run(name: str) -> None:
     check_sweep(load_recipe(name))
+
+
+def test_the_sweep_that_the_readme_shows_can_run() -> None:
+    (block,) = re.findall(
+        r"```yaml\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(), re.DOTALL
+    )
+    body = recipe(fields={"edges.sigma": [1]}).model_dump(mode="json", exclude_unset=True)
+    check_sweep(parse_recipe(body | yaml.safe_load(block)))
