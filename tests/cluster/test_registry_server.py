@@ -17,7 +17,7 @@ from pipelines import aliases, registry
 from pipelines.__main__ import main
 from pipelines.registry import RegistryError
 
-ROUNDS = 20
+ROUNDS = 8
 
 
 @pytest.fixture(scope="module")
