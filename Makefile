@@ -29,7 +29,7 @@ lint: $(READY)
 	@$(BIN)/mypy
 
 bench: $(READY)
-	@$(BIN)/python -m pytest -m benchmark tests/benchmarks -s
+	@$(BIN)/python -m pytest -m benchmark tests -s
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache
