@@ -96,6 +96,10 @@ class Bucket(Storage):
     def upload(self, path: Path, key: str) -> None:
         self._do("write", key, lambda: _client().upload_file(str(path), self.bucket, self._full(key)))
 
+    def copy(self, key: str, to: str) -> None:
+        source = {"Bucket": self.bucket, "Key": self._full(key)}
+        self._do("copy", key, lambda: _client().copy(source, self.bucket, self._full(to)))
+
     def download(self, key: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.parent / f"{TEMPORARY}{uuid.uuid4().hex}"

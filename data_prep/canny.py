@@ -10,15 +10,17 @@ import functools
 import hashlib
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import cv2
 import numpy as np
 from PIL import Image
 
-from data_prep.shards import decode_sample, read_index, write_tar
+from data_prep.shards import decode_sample
 from data_prep.storage import MissingKey, Storage
+from data_prep.tars import index_name, read_index, writing_tar
 
 LOW, HIGH = 0.1, 0.2  # thresholds on the magnitude of an image in [0,1]
 _GREY = np.array([[0.2125, 0.7154, 0.0721]], np.float32) / 255  # skimage's rgb2gray, not OpenCV's weights
@@ -128,22 +130,65 @@ def _link(lines: np.ndarray, magnitude: np.ndarray) -> np.ndarray:
     return edges
 
 
-def write_edge_shard(shards: Storage, entry: dict[str, Any], sigma: float, out: Storage) -> dict[str, Any]:
-    """Edge maps of one shard as a tar of the same name in `out`: the same keys in the same order, PNGs of one bit.
+def write_edge_shard(
+    shards: Storage,
+    entry: dict[str, Any],
+    outs: Mapping[float, Storage],
+    decode: Callable[[bytes], np.ndarray] = decode_sample,
+) -> dict[float, dict[str, Any]]:
+    """Edge maps of one shard, a tar of the same name for each sigma in that sigma's storage: the same keys in the same
+    order, PNGs of one bit. Each photograph is decoded once.
 
-    Returns {name, count, bytes, sha256, photos_sha256}, for `assemble_edges`.
+    Returns {sigma: {name, count, bytes, sha256, photos_sha256}}, for `assemble_edges`. A tar that was made from these
+    photographs already is left as it is. Raises ValueError when the shard is not what its entry says.
     """
-    name, index = entry["name"], read_index(shards, entry["name"])
-    tar = shards.read(name)
+    name = entry["name"]
+    done = {sigma: found for sigma, out in outs.items() if (found := _made(out, entry))}
+    if len(done) == len(outs):
+        return done
+    index, tar = read_index(shards, name), shards.read(name)
     if hashlib.sha256(tar).hexdigest() != entry["sha256"]:
         raise ValueError(f"{name} in {shards.uri} is not what the manifest says: make the shards again")
-    members = []
-    for key, offset, size in zip(index["keys"], index["offsets"], index["sizes"], strict=True):
-        edges = canny_edges(decode_sample(tar[offset : offset + size]), sigma)
-        png = io.BytesIO()
-        Image.fromarray(edges).save(png, "PNG")
-        members.append((f"{key}.png", png.getvalue()))
-    return {**write_tar(out, name, members), "photos_sha256": entry["sha256"]}
+    with ExitStack() as stack:
+        more: dict[float, dict[str, Any]] = {
+            sigma: {"photos_sha256": entry["sha256"]} for sigma in outs if sigma not in done
+        }
+        tars = {s: stack.enter_context(writing_tar(outs[s], name, told)) for s, told in more.items()}
+        for key, offset, size in zip(index["keys"], index["offsets"], index["sizes"], strict=True):
+            photo = decode(tar[offset : offset + size])
+            for sigma, edge_tar in tars.items():
+                edge_tar.add(f"{key}.png", encode_edges(canny_edges(photo, sigma)))
+        for sigma, edge_tar in tars.items():
+            edge_tar.end()
+            done[sigma] = {**edge_tar.entry(name), "photos_sha256": entry["sha256"]}
+            more[sigma]["entry"] = done[sigma]
+    return done
+
+
+def _made(out: Storage, photos: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The entry of an edge tar that is there and is of these photographs."""
+    try:
+        index = json.loads(out.read(index_name(photos["name"])))
+        made: dict[str, Any] = index["entry"]
+        same = index["photos_sha256"] == photos["sha256"] and out.size(photos["name"]) == made["bytes"]
+    except (MissingKey, ValueError, KeyError, TypeError):
+        return None
+    return made if same else None
+
+
+def encode_edges(edges: np.ndarray) -> bytes:
+    """bool [H,W] as a PNG of one bit a pixel."""
+    png = io.BytesIO()
+    Image.fromarray(edges).save(png, "PNG")
+    return png.getvalue()
+
+
+def decode_edges(data: bytes) -> np.ndarray:
+    """uint8 [H,W], 0 where there is no edge; ValueError when the map is damaged."""
+    edges = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE)
+    if edges is None:
+        raise ValueError("an edge map cannot be decoded: make the edges again")
+    return edges
 
 
 def assemble_edges(

@@ -11,7 +11,7 @@ import stat
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -89,6 +89,24 @@ class Folder(Storage):
             self.write(key, data)
         return True
 
+    def writing(self, key: str) -> AbstractContextManager[IO[bytes]]:
+        return self._publishing(key)
+
+    def copy(self, key: str, to: str) -> None:
+        """A hard link where the file system has them: what is published is replaced, never written over."""
+        source, target = self._file(key), self._file(to)
+        with self._named(key, "copy"):
+            temporary = self._temporary(target)
+            try:
+                os.link(source, temporary)
+            except FileNotFoundError:
+                raise
+            except OSError:
+                self.upload(source, to)
+            else:
+                os.replace(temporary, target)  # does nothing where both are the same file already
+                temporary.unlink(missing_ok=True)
+
     def upload(self, path: Path, key: str) -> None:
         with open(path, "rb") as source, self._publishing(key) as file:
             shutil.copyfileobj(source, file, 1 << 20)
@@ -103,20 +121,8 @@ class Folder(Storage):
         return path.stat().st_size if path.is_file() else None
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
-        def refuse(error: OSError) -> None:
-            if not isinstance(error, FileNotFoundError):  # gone meanwhile, or never there: nothing to list
-                raise error
-
-        found = []
         with self._named(prefix or "the folder", "list"):
-            for folder, _, names in os.walk(self.path(prefix), onerror=refuse):
-                inside = folder[len(self.uri) :].strip("/")
-                for name in names:
-                    with suppress(FileNotFoundError):
-                        status = os.stat(os.path.join(folder, name))
-                        if stat.S_ISREG(status.st_mode) and not name.startswith(TEMPORARY):
-                            found.append((f"{inside}/{name}" if inside else name, status.st_size))
-        yield from sorted(found)
+            yield from _walk(self.path(prefix), f"{prefix}/" if prefix else "")
 
     def delete(self, key: str) -> None:
         with self._named(key, "delete"):
@@ -177,6 +183,26 @@ class Folder(Storage):
             }
             reason = mends.get(error.errno or 0, error.strerror or str(error))
             raise StorageError(f"cannot {what} {key} in {self.uri}: {reason}") from error
+
+
+def _walk(folder: Path | str, inside: str) -> Iterator[tuple[str, int]]:
+    """A folder's files in the order of their keys, one folder in memory at a time; links to folders are not entered."""
+    try:
+        with os.scandir(folder) as found:
+            entries = sorted(
+                (f"{entry.name}/" if entry.is_dir(follow_symlinks=False) else entry.name, entry.path)
+                for entry in found
+            )
+    except FileNotFoundError:  # gone meanwhile, or never there: nothing to list
+        return
+    for name, path in entries:
+        if name.endswith("/"):
+            yield from _walk(path, inside + name)
+        elif not name.startswith(TEMPORARY):
+            with suppress(FileNotFoundError):
+                status = os.stat(path)
+                if stat.S_ISREG(status.st_mode):
+                    yield inside + name, status.st_size
 
 
 def _to_disk(file: IO[bytes]) -> None:

@@ -48,20 +48,37 @@ class Order:
         t = position + floor(c N / C) of one endless line of ranges 0, 1, ... C - 1, 0, ...: in the k-th of them,
         with k the last that begins at t or before.
         """
-        n, c = self.samples, self.streams
-        t = position + stream * n // c
-        k = ((t + 1) * c - 1) // n
-        epoch, start = k - stream, (k % c) * n // c
-        length = (k % c + 1) * n // c - start
-        window, within = divmod(t - k * n // c, self.window)
-        size = min(self.window, length - window * self.window)
-        mixed = int(self._mixed(epoch, k % c, window, size)[within])
+        epoch, part, start, window, within, size = self._window(stream, position)
+        point = start + window * self.window + int(self._mixed(epoch, part, window, size)[within])
         shards, ends = self._line(epoch)
-        point = start + window * self.window + mixed
         turn = int(np.searchsorted(ends, point, side="right"))
         shard = int(shards[turn])
         row = point - (int(ends[turn - 1]) if turn else 0)
         return Place(epoch, shard, row, int(self.starts[shard]) + row)
+
+    def shards_near(self, stream: int, position: int) -> list[int]:
+        """The shards that the window of a position draws from."""
+        epoch, _, start, window, _, size = self._window(stream, position)
+        shards, ends = self._line(epoch)
+        first, last = start + window * self.window, start + window * self.window + size - 1
+        begin, end = np.searchsorted(ends, [first, last], side="right").tolist()
+        return [int(shards[turn]) for turn in range(begin, end + 1) if self.counts[shards[turn]]]
+
+    def following(self, place: Place) -> Place:
+        """The next sample in the manifest's order, which stands in for one that cannot be read."""
+        number = (place.number + 1) % self.samples
+        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return Place(place.epoch, shard, number - int(self.starts[shard]), number)
+
+    def _window(self, stream: int, position: int) -> tuple[int, int, int, int, int, int]:
+        """(epoch, range, its first point, window of it, position in the window, the window's size)."""
+        n, c = self.samples, self.streams
+        t = position + stream * n // c
+        k = ((t + 1) * c - 1) // n
+        start = (k % c) * n // c
+        length = (k % c + 1) * n // c - start
+        window, within = divmod(t - k * n // c, self.window)
+        return k - stream, k % c, start, window, within, min(self.window, length - window * self.window)
 
     def _make_line(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The epoch's shards in order, and where each one's samples end on the line."""

@@ -1,25 +1,29 @@
 """Photographs -> webdataset tars with an index each, and one manifest: the same input gives the same bytes.
 
-`pipelines` gives every slice of the listing to a task of its own (`write_slice`) and then calls `assemble` once.
+`pipelines` asks `plan` what there is to do, gives every slice to a task of its own (`write_slice`), and then calls
+`assemble` once.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import tarfile
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 import cv2
 import numpy as np
 
-from data_prep.sources import MAX_PIXELS, PhotoError, Source, decode_photo
+from data_prep.slices import READERS, Listing, Slice, deal, read_slices, write_record
+from data_prep.sources import MAX_PIXELS, PhotoError, Source, decode_photo, suffix_of
 from data_prep.storage import BadKey, DeniedKey, MissingKey, Storage
+from data_prep.tars import TarWriter, index_name, read_index, write_tar, writing_tar
 
-VERSION = 1
+VERSION = 2
 SPLITS = ("train", "val", "test")
 LONGEST = 16  # a photograph more elongated than this is a strip, not a photograph
 
@@ -36,7 +40,8 @@ class ShardOptions:
     """pixels more than the crop, for random crops"""
     crop: Literal["keep", "square"] = "keep"
     """keep the aspect, or cut the centre square first"""
-    format: Literal["jpg", "png"] = "jpg"
+    format: Literal["jpg", "png", "original"] = "jpg"
+    """original keeps the files' own bytes; they are cropped and resized whenever they are read"""
     quality: int = 95
     """of the JPEGs, 1 to 100; colour is never subsampled"""
     val: float = 0.1
@@ -45,13 +50,15 @@ class ShardOptions:
     """share of the photographs that are held out"""
     max_pixels: int = MAX_PIXELS
     """a photograph with more is rejected"""
+    shard_mb: float = 256
+    """megabytes of a tar at most, unless one photograph alone has more"""
 
     def __post_init__(self) -> None:
         rules = {
             "size": (self.size >= 8, "at least 8 pixels"),
             "margin": (self.margin >= 0, "0 or more pixels"),
             "crop": (self.crop in ("keep", "square"), "keep or square"),
-            "format": (self.format in ("jpg", "png"), "jpg or png"),
+            "format": (self.format in ("jpg", "png", "original"), "jpg, png or original"),
             "quality": (1 <= self.quality <= 100, "1 to 100"),
             "val": (0 <= self.val < 1, "0 to below 1"),
             "test": (
@@ -59,10 +66,67 @@ class ShardOptions:
                 "0 to below 1, and below 1 together with val",
             ),
             "max_pixels": (self.max_pixels > 0, "above 0"),
+            "shard_mb": (self.shard_mb > 0, "megabytes, above 0"),
         }
         for name, (holds, rule) in rules.items():
             if not holds:
                 raise ValueError(f"data.{name} is {getattr(self, name)!r}: {rule}")
+
+
+def plan(
+    source: Source, out: Storage, options: ShardOptions, length: int
+) -> tuple[list[Slice], dict[int, dict[str, Any]]]:
+    """All slices of a source, and what is known of those that need not be made (again), by their numbers.
+
+    What an earlier run finished in `out`, or was interrupted in, is kept. Raises ValueError when there are shards of
+    other options, or the source is empty.
+    """
+    base = load_manifest(out) if out.exists("manifest.json") else None
+    if base and (base["options"] != asdict(options) or base["source"] != source.uri):
+        told = {"source": source.uri, **asdict(options)}
+        was = {"source": base["source"], **base["options"]}
+        name = next(name for name in told if told[name] != was.get(name))
+        raise ValueError(
+            f"{out.uri} holds shards with {name} {was.get(name)!r}, not {told[name]!r}: choose another folder"
+        )
+    listing = Listing(source)
+    before = read_slices(out, base["slices"]) if base else []
+    if None in before:
+        raise ValueError(
+            f"slices/{before.index(None):05d}.json in {out.uri} is damaged: make the shards anew"
+        )
+    slices = deal(listing, [known[0] for known in before if known], length)
+    found = before + read_slices(out, len(slices), len(before))
+    there = dict(out.list())
+    lost = {
+        name for piece, known in zip(slices, before) if known for name in {*known[0].names} - {*piece.names}
+    }
+    standing = {}
+    for piece, known in zip(slices, found, strict=True):
+        if known is None or known[0] != piece:
+            continue
+        part = _part_of(base, *known) if base and piece.number < base["slices"] else known[1]
+        whole = all(there.get(entry["name"]) == entry["bytes"] for entry in part["shards"])
+        if whole and not any(again["same_as"] in lost for again in part["duplicates"]):
+            standing[piece.number] = part
+    return slices, standing
+
+
+def _part_of(base: Mapping[str, Any], piece: Slice, part: Mapping[str, Any]) -> dict[str, Any]:
+    """What became of a slice, after what the whole set's duplicates took from it."""
+    names = set(piece.names)
+    return {
+        "shards": [entry for entry in base["shards"] if entry["slice"] == piece.number],
+        "rejects": part["rejects"],
+        "duplicates": [again for again in base["duplicates"] if again["name"] in names],
+    }
+
+
+def make_slice(source: Source, piece: Slice, out: Storage, options: ShardOptions) -> dict[str, Any]:
+    """`write_slice`, and a record that it is done."""
+    part = write_slice(source, piece.names, piece.number, out, options)
+    write_record(out, piece, part)
+    return part
 
 
 def write_slice(
@@ -73,45 +137,85 @@ def write_slice(
     options: ShardOptions,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Write the photographs `names` as {split}-{index:05d}.tar and .json in `out`, and say what became of each.
+    """Write the photographs `names` as tars {split}-{index:05d}.tar (and -1.tar, -2.tar... as one grows too large) with
+    their indexes in `out`, and say what became of each. One photograph is in memory at a time.
 
-    Returns {"shards": [{name, split, count, bytes, sha256}], "rejects": [{name, reason}],
+    Returns {"shards": [{name, split, slice, count, bytes, sha256}], "rejects": [{name, reason}],
     "duplicates": [{name, same_as}]}, for `assemble`. Raises StorageError when the storage fails.
     """
-    samples: dict[str, dict[str, tuple[str, bytes, tuple[int, int]]]] = {split: {} for split in SPLITS}
     seen: dict[str, str] = {}
-    rejects, duplicates = [], []
-    for done, name in enumerate(names, 1):
-        try:
-            data = source.read(name)
-            key = hashlib.sha256(data).hexdigest()[:16]
-            if key in seen:
-                duplicates.append({"name": name, "same_as": seen[key]})
-            else:
-                encoded, shape = _prepare(data, options)
-                seen[key] = name
-                samples[_split(source.group(name), key, options)][key] = name, encoded, shape
-        except (PhotoError, MissingKey, DeniedKey, BadKey) as error:
-            rejects.append({"name": name, "reason": str(error)})
-        if progress:
-            progress(done)
-    shards = []
-    for split, chosen in samples.items():
-        if chosen:
-            rows = [(key, *chosen[key]) for key in sorted(chosen)]
-            members = [(f"{key}.{options.format}", data) for key, _, data, _ in rows]
-            more: dict[str, list] = {
-                "shapes": [shape for *_, shape in rows],
-                "names": [name for _, name, *_ in rows],
-            }
-            shards.append({**write_tar(out, f"{split}-{index:05d}.tar", members, more), "split": split})
+    rejects, duplicates, shards = [], [], []
+    with ExitStack() as stack:
+        splits = {split: stack.enter_context(_Split(out, split, index, options)) for split in SPLITS}
+        for done, name in enumerate(names, 1):
+            try:
+                data = source.read(name)
+                key = hashlib.sha256(data).hexdigest()[:16]
+                if key in seen:
+                    duplicates.append({"name": name, "same_as": seen[key]})
+                else:
+                    encoded, suffix, shape = _encode(data, options)
+                    seen[key] = name
+                    split = splits[_split(source.group(name), key, options)]
+                    split.add(key, encoded, suffix, name, shape)
+            except (PhotoError, MissingKey, DeniedKey, BadKey) as error:
+                rejects.append({"name": name, "reason": str(error)})
+            if progress:
+                progress(done)
+    for split in splits.values():
+        shards += split.entries
     return {"shards": shards, "rejects": rejects, "duplicates": duplicates}
 
 
-def _prepare(data: bytes, options: ShardOptions) -> tuple[bytes, tuple[int, int]]:
-    """The encoded sample and its (height, width)."""
+class _Split:
+    """The tars of one split of a slice, one after the other; a context."""
+
+    def __init__(self, out: Storage, split: str, index: int, options: ShardOptions) -> None:
+        self.out, self.split, self.index = out, split, index
+        self.limit = int(options.shard_mb * 1_000_000)
+        self.entries: list[dict[str, Any]] = []
+        self._open = ExitStack()
+        self._tar: TarWriter | None = None
+        self._more: dict[str, list] = {}
+
+    def __enter__(self) -> _Split:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if error[0] is None:
+            self._end()
+        else:
+            self._open.__exit__(*error)
+
+    def add(self, key: str, data: bytes, suffix: str, name: str, shape: tuple[int, int]) -> None:
+        if self._tar and self._tar.size + len(data) > self.limit:
+            self._end()
+        if self._tar is None:
+            self._more = {"shapes": [], "names": []}
+            self._tar = self._open.enter_context(writing_tar(self.out, self._name, self._more))
+        self._tar.add(f"{key}.{suffix}", data)
+        self._more["shapes"].append(shape)
+        self._more["names"].append(name)
+
+    @property
+    def _name(self) -> str:
+        part = f"-{len(self.entries)}" if self.entries else ""
+        return f"{self.split}-{self.index:05d}{part}.tar"
+
+    def _end(self) -> None:
+        if self._tar:
+            self._open.close()
+            entry = self._tar.entry(self._name)
+            self.entries.append({**entry, "split": self.split, "slice": self.index})
+            self._tar = None
+
+
+def prepare(photo: np.ndarray, options: ShardOptions) -> np.ndarray:
+    """A photograph uint8 [H,W,3] as it is stored or trained on: cropped, its short side size + margin pixels.
+
+    Raises PhotoError for what is too small or too long.
+    """
     target = options.size + options.margin
-    photo = decode_photo(data, options.max_pixels, short_side=target)
     height, width = photo.shape[:2]
     short = min(height, width)
     if max(height, width) > LONGEST * short:
@@ -128,6 +232,15 @@ def _prepare(data: bytes, options: ShardOptions) -> tuple[bytes, tuple[int, int]
     if shape != photo.shape[:2]:
         method = cv2.INTER_AREA if short > target else cv2.INTER_CUBIC
         photo = cv2.resize(photo, shape[::-1], interpolation=method)
+    return photo
+
+
+def _encode(data: bytes, options: ShardOptions) -> tuple[bytes, str, tuple[int, int]]:
+    """What is stored of a file, its suffix, and the (height, width) that it is read with."""
+    photo = prepare(decode_photo(data, options.max_pixels, short_side=options.size + options.margin), options)
+    shape = photo.shape[:2]
+    if options.format == "original":
+        return data, suffix_of(data), shape  # type: ignore[return-value]
     settings = [
         cv2.IMWRITE_JPEG_QUALITY,
         options.quality,
@@ -135,9 +248,8 @@ def _prepare(data: bytes, options: ShardOptions) -> tuple[bytes, tuple[int, int]
         cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
     ]
     bgr = cv2.cvtColor(photo, cv2.COLOR_RGB2BGR)
-    return cv2.imencode(f".{options.format}", bgr, settings if options.format == "jpg" else [])[
-        1
-    ].tobytes(), shape
+    encoded = cv2.imencode(f".{options.format}", bgr, settings if options.format == "jpg" else [])[1]
+    return encoded.tobytes(), options.format, shape  # type: ignore[return-value]
 
 
 def _split(group: str | None, key: str, options: ShardOptions) -> str:
@@ -147,66 +259,21 @@ def _split(group: str | None, key: str, options: ShardOptions) -> str:
     return "test" if place < options.test else "val" if place < options.test + options.val else "train"
 
 
-def write_tar(
-    out: Storage, name: str, members: Iterable[tuple[str, bytes]], more: dict[str, list] | None = None
-) -> dict[str, Any]:
-    """Publish a tar of (file name, bytes) with fixed times and owners, after its index (the same name, .json).
-
-    The index says where each member's bytes lie, so that one positioned read fetches a sample.
-    """
-    body = io.BytesIO()
-    keys, offsets, sizes = [], [], []
-    with tarfile.open(fileobj=body, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for member, data in members:
-            info = tarfile.TarInfo(member)
-            info.size, info.mode = len(data), 0o444
-            keys.append(member.partition(".")[0])
-            offsets.append(body.tell() + tarfile.BLOCKSIZE)
-            sizes.append(len(data))
-            tar.addfile(info, io.BytesIO(data))
-    index = {"keys": keys, "offsets": offsets, "sizes": sizes, **(more or {})}
-    out.write(index_name(name), json.dumps(index).encode())
-    content = body.getvalue()
-    out.write(name, content)
-    return {
-        "name": name,
-        "count": len(keys),
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-    }
-
-
-def index_name(shard: str) -> str:
-    return shard.removesuffix(".tar") + ".json"
-
-
-def read_index(shards: Storage, shard: str) -> dict[str, list]:
-    """keys, offsets, sizes of a tar's samples; photographs' tars also have shapes ([height, width]) and names."""
-    return json.loads(shards.read(index_name(shard)))
-
-
 def assemble(
-    parts: Iterable[dict[str, Any]], options: ShardOptions, source_uri: str, out: Storage
+    parts: Sequence[Mapping[str, Any]], options: ShardOptions, source_uri: str, out: Storage
 ) -> dict[str, Any]:
     """Merge the slices' reports, in the slices' order, into manifest.json, written last; returns the manifest.
 
     A photograph that two slices hold stays in the first. ValueError when no photograph is usable at all.
     """
-    shards, rejects, duplicates = [], [], []
-    first: dict[str, str] = {}
-    for part in parts:
-        rejects += part["rejects"]
-        duplicates += part["duplicates"]
-        for entry in part["shards"]:
-            index = read_index(out, entry["name"])
-            again = {key for key in index["keys"] if key in first}
-            for key, name in zip(index["keys"], index["names"], strict=True):
-                if key in again:
-                    duplicates.append({"name": name, "same_as": first[key]})
-                first.setdefault(key, name)
-            kept = _without(out, entry, index, again) if again else entry
-            if kept:
-                shards.append(kept)
+    shards = [dict(entry) for part in parts for entry in part["shards"]]
+    rejects = [reject for part in parts for reject in part["rejects"]]
+    duplicates = [again for part in parts for again in part["duplicates"]]
+    for place, again in _repeated(shards, out).items():
+        entry, found = _without(out, shards[place], again)
+        shards[place] = entry
+        duplicates += found
+    shards = [entry for entry in shards if entry["count"]]
     if not shards:
         reason = f", first {rejects[0]['name']}: {rejects[0]['reason']}" if rejects else ""
         raise ValueError(
@@ -219,26 +286,84 @@ def assemble(
         "options": asdict(options),
         "digest": _digest(shards),
         "splits": {split: sum(e["count"] for e in shards if e["split"] == split) for split in SPLITS},
+        "slices": len(parts),
         "shards": shards,
         "rejects": rejects,
         "duplicates": duplicates,
     }
     out.write("manifest.json", json.dumps(manifest, indent=1).encode())
+    named = {file for entry in shards for file in (entry["name"], index_name(entry["name"]))}
+    for key in [key for key, _ in out.list() if _OURS.fullmatch(key) and key not in named]:
+        out.delete(key)
     return manifest
 
 
-def _without(out: Storage, entry: dict, index: dict[str, list], keys: set[str]) -> dict[str, Any] | None:
-    """The shard written again without some samples; None, and removed, when none is left."""
-    rows = [row for row, key in enumerate(index["keys"]) if key not in keys]
+_OURS = re.compile(rf"({'|'.join(SPLITS)})-\d{{5,}}(-\w+)*\.(tar|json)")
+
+
+def _repeated(shards: Sequence[Mapping[str, Any]], out: Storage) -> dict[int, dict[str, str]]:
+    """Which tars hold photographs that an earlier one has: number -> {key: the earlier one's name}.
+
+    Keys are compared as 64-bit numbers: eight bytes a photograph.
+    """
+    with ThreadPoolExecutor(READERS) as pool:
+        keys = list(
+            pool.map(
+                lambda entry: np.array(
+                    [int(k, 16) for k in read_index(out, entry["name"])["keys"]], np.uint64
+                ),
+                shards,
+            )
+        )
+    ends = np.cumsum([len(part) for part in keys])
+    line = np.concatenate([np.empty(0, np.uint64), *keys])
+    order = np.argsort(line, kind="stable")
+    same = np.flatnonzero(line[order][1:] == line[order][:-1])
+    found: dict[int, dict[str, str]] = {}
+    first: dict[int, str] = {}
+    for one, other in zip(order[same].tolist(), order[same + 1].tolist(), strict=True):
+        if one not in first:  # of three that are the same, the second is told by the first too
+            first[one] = _name_at(shards, ends, one, out)
+        first[other] = first[one]
+        found.setdefault(int(np.searchsorted(ends, other, side="right")), {})[f"{int(line[other]):016x}"] = (
+            first[one]
+        )
+    return found
+
+
+def _name_at(shards: Sequence[Mapping[str, Any]], ends: np.ndarray, point: int, out: Storage) -> str:
+    place = int(np.searchsorted(ends, point, side="right"))
+    start = int(ends[place - 1]) if place else 0
+    name: str = read_index(out, shards[place]["name"])["names"][point - start]
+    return name
+
+
+def _without(
+    out: Storage, entry: Mapping[str, Any], again: Mapping[str, str]
+) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """The shard written again, under another name, without some samples; and these, as duplicates.
+
+    Under another name, so that no task that still writes the slice can bring them back.
+    """
+    index, name = read_index(out, entry["name"]), entry["name"].removesuffix(".tar") + "-unique.tar"
+    rows = [row for row, key in enumerate(index["keys"]) if key not in again]
+    told = [
+        {"name": name, "same_as": again[key]}
+        for key, name in zip(index["keys"], index["names"], strict=True)
+        if key in again
+    ]
     if not rows:
-        out.delete(entry["name"])
-        out.delete(index_name(entry["name"]))
-        return None
-    with tarfile.open(fileobj=io.BytesIO(out.read(entry["name"]))) as tar:
-        files = [(info.name, tar.extractfile(info)) for info in tar]
-        members = [(name, file.read()) for name, file in files if file and name.partition(".")[0] not in keys]
+        return {**entry, "count": 0}, told
     more = {field: [index[field][row] for row in rows] for field in ("shapes", "names")}
-    return {**write_tar(out, entry["name"], members, more), "split": entry["split"]}
+    suffixes = index["suffixes"]
+    members = (
+        (
+            f"{index['keys'][row]}.{suffixes[row]}",
+            out.read_range(entry["name"], index["offsets"][row], index["sizes"][row]),
+        )
+        for row in rows
+    )
+    return {**entry, **write_tar(out, name, members, more)}, told
 
 
 def _digest(shards: Sequence[dict]) -> str:
@@ -266,8 +391,18 @@ def load_manifest(shards: Storage) -> dict[str, Any]:
 
 
 def decode_sample(data: bytes) -> np.ndarray:
-    """A stored photograph as uint8 RGB [H,W,3]."""
+    """A photograph stored as JPEG or PNG, as uint8 RGB [H,W,3]. ValueError when it is damaged."""
     photo = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     if photo is None:
         raise ValueError("a stored photograph cannot be decoded: the shards are damaged, make them again")
     return photo
+
+
+def sample_decoder(manifest: Mapping[str, Any]) -> Callable[[bytes], np.ndarray]:
+    """What makes uint8 RGB [H,W,3], the short side size + margin pixels, of these shards' stored bytes."""
+    known = {option.name for option in fields(ShardOptions)}
+    options = ShardOptions(**{name: value for name, value in manifest["options"].items() if name in known})
+    if options.format != "original":
+        return decode_sample
+    short_side = options.size + options.margin
+    return lambda data: prepare(decode_photo(data, options.max_pixels, short_side), options)

@@ -1,4 +1,5 @@
-"""Where photographs come from: a folder tree, a bucket prefix, or the packages installed here; and their decoding."""
+"""Where photographs come from: a folder tree, a bucket prefix, a listing, or the packages installed here; and their
+decoding."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import importlib.util
 import io
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,8 +16,10 @@ import cv2
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from data_prep.storage import Storage, open_storage
+from data_prep.storage import BadKey, Storage, check_key, open_storage
 
+LISTINGS = (".txt", ".lst", ".list", ".flist")  # endings of files that name a photograph a line
+_PIECE = 1 << 20  # bytes of a listing that are read at once
 MAX_PIXELS = 1 << 27  # 134 megapixels: above every camera, below what fills a worker's memory
 MIN_SIDE = 8  # pixels
 FLAT = 10  # grey levels: the standard deviation under which a bundled tile shows nothing
@@ -57,8 +60,13 @@ class Source(ABC):
     uri: str
 
     @abstractmethod
+    def listing(self) -> Iterator[tuple[str, str]]:
+        """(name, mark) of every photograph, always in the same order, as they are found. Another mark (its size, where
+        that is known) tells a changed photograph. ValueError when there is none."""
+
     def names(self) -> list[str]:
-        """Every name, sorted; ValueError when there is none."""
+        """Every name, in the listing's order."""
+        return [name for name, _ in self.listing()]
 
     @abstractmethod
     def read(self, name: str) -> bytes:
@@ -69,9 +77,16 @@ class Source(ABC):
         return None
 
 
-def open_source(uri: str, tile: int = 64) -> Source:
-    """`uri` is a folder, s3://bucket/prefix, or 'bundled' (then `tile` is the side of its tiles in pixels)."""
-    return BundledSource(tile) if uri == "bundled" else StorageSource(open_storage(uri))
+def open_source(uri: str, tile: int = 64, root: str | None = None) -> Source:
+    """`uri` is a folder, s3://bucket/prefix, a listing file in either, or 'bundled' (then `tile` is the side of its
+    tiles in pixels). A listing's names are relative to `root`, or to the listing's own folder."""
+    if uri == "bundled":
+        return BundledSource(tile)
+    if uri.lower().endswith(LISTINGS) and not Path(uri).is_dir():
+        folder, slash, name = uri.rpartition("/")
+        place = open_storage(f"{folder}{slash}" or ".")
+        return ListingSource(place, name, open_storage(root) if root else place)
+    return StorageSource(open_storage(uri))
 
 
 @dataclass(frozen=True)
@@ -84,19 +99,56 @@ class StorageSource(Source):
     def __post_init__(self) -> None:
         object.__setattr__(self, "uri", self.storage.uri)
 
-    def names(self) -> list[str]:
+    def listing(self) -> Iterator[tuple[str, str]]:
         folder = self.storage.path()
         if folder is not None and not folder.is_dir():
             raise ValueError(
-                f"data.source {self.uri} is no folder; give a folder of photographs, s3://..., or 'bundled'"
+                f"data.source {self.uri} is no folder; give a folder of photographs, s3://..., a listing (.txt), "
+                "or 'bundled'"
             )
-        found = [key for key, _ in self.storage.list()]
-        if not found:
+        empty = True
+        for key, size in self.storage.list():
+            empty = False
+            yield key, str(size)
+        if empty:
             raise ValueError(f"data.source {self.uri} is empty; put photographs there or name another folder")
-        return found
 
     def read(self, name: str) -> bytes:
         return self.storage.read(name)
+
+
+@dataclass(frozen=True)
+class ListingSource(Source):
+    """The photographs that a text file names, one a line, in the file's order; blank lines do not count.
+
+    Names are relative to `root`; an absolute one counts where it leads into `root`. What is no plain name inside it
+    ('..', another absolute path, a scheme such as pipe:) is refused when it is read.
+    """
+
+    storage: Storage
+    file: str
+    root: Storage
+    uri: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "uri", f"{self.storage.uri}/{self.file}")
+
+    def listing(self) -> Iterator[tuple[str, str]]:
+        if self.storage.size(self.file) is None:
+            raise ValueError(f"data.source {self.uri} is no listing: there is no such file")
+        empty = True
+        for line in _lines(self.storage, self.file):
+            if line:
+                empty = False
+                yield line.decode("utf-8", "surrogateescape"), ""
+        if empty:
+            raise ValueError(f"data.source {self.uri} names no photograph; write one name a line")
+
+    def read(self, name: str) -> bytes:
+        inside = name.removeprefix(f"{self.root.uri}/")
+        if ":" in inside.split("/")[0] and self.root.size(inside) is None:
+            raise BadKey(f"{name!r} is refused: a listing holds plain names relative to {self.root.uri}")
+        return self.root.read(check_key(inside))
 
 
 @dataclass(frozen=True)
@@ -115,13 +167,13 @@ class BundledSource(Source):
         if not 16 <= self.tile <= 256:
             raise ValueError(f"data.tile {self.tile}: the bundled photographs give tiles of 16 to 256 pixels")
 
-    def names(self) -> list[str]:
-        found = []
-        for photo in _BUNDLED:
+    def listing(self) -> Iterator[tuple[str, str]]:
+        for photo in sorted(_BUNDLED):
             for scale in ("full", "half"):
                 shown = np.argwhere(_contrast(photo, scale == "half", self.tile) >= FLAT)
-                found += [f"{photo}/{scale}/{y:03d}-{x:03d}" for y, x in shown]
-        return sorted(found)
+                yield from (
+                    (name, "") for name in sorted(f"{photo}/{scale}/{y:03d}-{x:03d}" for y, x in shown)
+                )
 
     def read(self, name: str) -> bytes:
         photo, scale, y, x = _parts(name)
@@ -132,6 +184,16 @@ class BundledSource(Source):
     def group(self, name: str) -> str:
         photo, scale, y, x = _parts(name)
         return f"{photo}/{y * scale // 2}-{x * scale // 2}"
+
+
+def _lines(storage: Storage, key: str) -> Iterator[bytes]:
+    """A text file's lines, a piece of it in memory at a time."""
+    size, rest = storage.size(key) or 0, b""
+    for start in range(0, size, _PIECE):
+        piece = storage.read_range(key, start, min(_PIECE, size - start))
+        *whole, rest = (rest + (piece if start else piece.removeprefix(b"\xef\xbb\xbf"))).split(b"\n")
+        yield from (line.rstrip(b"\r") for line in whole)
+    yield rest.rstrip(b"\r")
 
 
 def _parts(name: str) -> tuple[str, int, int, int]:
@@ -206,6 +268,16 @@ def decode_image(
     except Exception as error:  # damaged files make the decoders raise nearly anything
         first = (str(error).splitlines() or [""])[0]
         raise PhotoError(f"damaged or truncated: {first or type(error).__name__}") from error
+
+
+def suffix_of(data: bytes) -> str:
+    """The usual ending of an image file's format, such as jpg. PhotoError when it is none that is known."""
+    try:
+        with Image.open(io.BytesIO(data), formats=_known_formats()) as photo:
+            name = str(photo.format).lower()
+    except Exception as error:
+        raise PhotoError("not an image in a known format") from error
+    return {"jpeg": "jpg", "mpo": "jpg", "tiff": "tif", "jpeg2000": "jp2"}.get(name, name)
 
 
 @functools.cache

@@ -5,10 +5,12 @@ Keys are relative posix paths. Everything that is written appears whole or not a
 
 from __future__ import annotations
 
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 TEMPORARY = ".tmp-"  # the start of names that `list` hides: files not yet published
 
@@ -92,6 +94,14 @@ class Storage(ABC):
     def upload(self, path: Path, key: str) -> None:
         """Publish a local file."""
 
+    def writing(self, key: str) -> AbstractContextManager[IO[bytes]]:
+        """A file, never whole in memory, that becomes the object when the block ends well."""
+        return _uploading(self, key)
+
+    @abstractmethod
+    def copy(self, key: str, to: str) -> None:
+        """The object under another key too, without moving its bytes through this process where that can be."""
+
     @abstractmethod
     def download(self, key: str, path: Path) -> None:
         """Copy an object to a local file, which appears whole."""
@@ -102,7 +112,8 @@ class Storage(ABC):
 
     @abstractmethod
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
-        """(key, bytes) of everything under the folder `prefix`, sorted by key, without unpublished files."""
+        """(key, bytes) of everything under the folder `prefix`, in the order of the keys, without unpublished files;
+        as they are found: never all of them in memory."""
 
     @abstractmethod
     def delete(self, key: str) -> None:
@@ -127,3 +138,11 @@ class Storage(ABC):
     def path(self, key: str = "") -> Path | None:
         """The local path of a key; None in a bucket."""
         return None
+
+
+@contextmanager
+def _uploading(storage: Storage, key: str) -> Iterator[IO[bytes]]:
+    with tempfile.NamedTemporaryFile(prefix=TEMPORARY) as file:
+        yield file  # type: ignore[misc]
+        file.flush()
+        storage.upload(Path(file.name), key)

@@ -13,32 +13,40 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
-import cv2
 import numpy as np
 
-from data_prep.canny import canny_edges, load_edges
+from data_prep.canny import canny_edges, decode_edges, load_edges
 from data_prep.masks import open_masks
 from data_prep.order import Order, Place
-from data_prep.shards import SPLITS, decode_sample, load_manifest, read_index
-from data_prep.storage import Storage, open_storage
+from data_prep.reading import BadSample, Tars
+from data_prep.shards import SPLITS, load_manifest, sample_decoder
+from data_prep.storage import Storage
 
 AHEAD = 2  # batches that are made while one is used
-_CACHED_INDEXES = 64  # shards whose index stays in memory
+EDGE_SOURCES = ("full", "live", "masked", "none")
 
 Batch = dict[str, Any]
+
+
+class TooManyBad(ValueError):
+    """More samples cannot be read than the recipe accepts; the message lists them."""
 
 
 class Stream:
     """Batches of one split for one rank.
 
     Global batch b holds `batch` samples: the next batch / streams of each of the `streams` lines of `Order`, the lines
-    in turn. Rank r of `world` makes the part of the lines r * streams / world and on. Epochs follow one another without
-    a gap, so every batch is full, also when the split is smaller than one.
+    in turn. Rank r of `world` makes the r-th of `world` equal parts of it: whole lines, where `streams` is a multiple of
+    `world`. Epochs follow one another without a gap, so every batch is full, also when the split is smaller than one.
 
     A sample's crop (of `size` pixels), flip, sigma and mask come from a generator seeded by (seed, epoch, its number in
     the split). `masks` is what `open_masks` takes. Edges: "full" reads the side tars `edges[sigma]` of a sigma
-    drawn from `sigmas`; "masked" runs Canny on the crop with the hole masked out; "none" gives none. With `cache_dir`
-    the tars of a bucket are downloaded there once; without it each sample is one ranged read.
+    drawn from `sigmas`; "live" computes the same from the stored photograph; "masked" runs Canny on the crop with the
+    hole masked out; "none" gives none. With `cache_dir` the tars of a bucket are downloaded there once; without it each
+    sample is one ranged read.
+
+    A sample that cannot be read or decoded, after some tries, is named in `bad`, and the next one of its shard stands
+    in for it: the same one whoever reads. More than `max_bad` of them raise TooManyBad.
 
     ValueError, naming the field, for an empty split, sizes that do not divide, or edges that do not fit.
     """
@@ -57,15 +65,16 @@ class Stream:
         world: int = 1,
         flip: bool = True,
         edges: Mapping[float, Storage] | None = None,
-        edge_source: Literal["full", "masked", "none"] = "none",
+        edge_source: Literal["full", "live", "masked", "none"] = "none",
         sigmas: Sequence[float] = (2.0,),
         threads: int = 1,
         cache_dir: Path | None = None,
+        max_bad: int = 0,
     ) -> None:
-        if streams < 1 or streams % world or not 0 <= rank < world:
-            raise ValueError(f"data.streams = {streams} must be a multiple of the number of ranks ({world})")
-        if batch < 1 or batch % streams:
+        if streams < 1 or batch < 1 or batch % streams:
             raise ValueError(f"train.batch = {batch} must be a multiple of data.streams = {streams}")
+        if batch % world or not 0 <= rank < world:
+            raise ValueError(f"train.batch = {batch} must be a multiple of the number of ranks ({world})")
         manifest = load_manifest(shards)
         entries = _entries(manifest, split, shards.uri)
         _check_size(manifest, size, shards.uri)
@@ -74,25 +83,28 @@ class Stream:
         self.order = Order([entry["count"] for entry in entries], seed, streams)
         self.samples = self.order.samples
         self.each = batch // streams
-        self.lines = range(rank * streams // world, (rank + 1) * streams // world)
+        self.part = range(rank * batch // world, (rank + 1) * batch // world)
         self.masks = open_masks(masks)
         self.masks.draw(size, size, np.random.default_rng(0))  # what is made once a process is made here
-        self.photos = _Tars(shards, entries, cache_dir)
-        self.edge_maps: dict[float, _Tars] = {}
-        if edge_source not in ("full", "masked", "none"):
-            raise ValueError(f"edges.source = {edge_source!r}: full, masked or none")
+        self.photos = Tars(shards, entries)
+        self.decode = sample_decoder(manifest)
+        self.max_bad, self.bad, self._lock = max_bad, dict[str, str](), Lock()
+        self.edge_maps: dict[float, Tars] = {}
+        if edge_source not in EDGE_SOURCES:
+            raise ValueError(f"edges.source = {edge_source!r}: {', '.join(EDGE_SOURCES)}")
         if edge_source != "none" and not self.sigmas:
             raise ValueError(f"edges.sigma is empty: edges.source = {edge_source} needs one at least")
         for sigma in self.sigmas if edge_source == "full" else ():
             if sigma not in (edges or {}):
                 raise ValueError(f"edges.sigma: no edge maps of sigma {sigma:g} were given; make them first")
-            self.edge_maps[sigma] = _Tars(*_edge_entries((edges or {})[sigma], entries, manifest), cache_dir)
+            self.edge_maps[sigma] = Tars(*_edge_entries((edges or {})[sigma], entries, manifest))
 
     def batch(self, step: int) -> Batch:
         """This rank's part of global batch `step` (0, 1, ...).
 
-        {"image": float32 [b,3,S,S] in [0,1], "mask": float32 [b,1,S,S] with 1 = hole,
-        "edge": float32 [b,1,S,S] or None, "keys": [(epoch, key)]}. Edges are not multiplied by the mask.
+        {"image": uint8 [b,S,S,3], "mask": uint8 [b,S,S] with 1 = hole, "edge": bool [b,S,S] or None,
+        "keys": [(epoch, key)]}: a quarter of the bytes of floats, which the learner makes where it computes. Edges are
+        not multiplied by the mask.
         """
         batch, places = self._begin(step)
         self._fill(batch, places, range(len(places)))
@@ -119,93 +131,91 @@ class Stream:
 
     def _begin(self, step: int) -> tuple[Batch, list[Place]]:
         """An empty batch, and what belongs in it."""
-        first = step * self.each
-        places = [self.order.at(line, n) for line in self.lines for n in range(first, first + self.each)]
-        plane = len(places), 1, self.size, self.size
+        places = [self.order.at(n // self.each, step * self.each + n % self.each) for n in self.part]
+        plane = len(places), self.size, self.size
         batch = {
-            "image": np.empty((len(places), 3, self.size, self.size), np.float32),
-            "mask": np.empty(plane, np.float32),
-            "edge": None if self.edge_source == "none" else np.empty(plane, np.float32),
+            "image": np.empty((*plane, 3), np.uint8),
+            "mask": np.empty(plane, np.uint8),
+            "edge": None if self.edge_source == "none" else np.empty(plane, bool),
             "keys": [(0, "")] * len(places),
         }
         return batch, places
 
     def _fill(self, batch: Batch, places: Sequence[Place], numbers: range) -> None:
         for number in numbers:
-            self._make(batch, number, places[number])
+            place = places[number]
+            while not self._make(batch, number, place):
+                place = self.order.following(place)
 
-    def _make(self, batch: Batch, number: int, place: Place) -> None:
-        """Make one sample in its place of the batch. The draws' order is part of the stream's definition."""
-        key, data = self.photos.read(place.shard, place.row)
-        photo = decode_sample(data)
+    def _make(self, batch: Batch, number: int, place: Place) -> bool:
+        """Make one sample in its place of the batch; False when it cannot be read. The draws' order is part of the
+        stream's definition."""
         rng = np.random.default_rng((self.seed, place.epoch, place.number))
-        top, left = (int(rng.integers(length - self.size + 1)) for length in photo.shape[:2])
-        mirrored = bool(rng.random() < 0.5) and self.flip
-        sigma = self.sigmas[int(rng.integers(len(self.sigmas)))] if self.sigmas else 0.0
+        try:
+            key, photo = self._photo(place)
+            height, width = photo.shape[:2]
+            top, left = (int(rng.integers(length - self.size + 1)) for length in (height, width))
+            mirrored = bool(rng.random() < 0.5) and self.flip
+            sigma = self.sigmas[int(rng.integers(len(self.sigmas)))] if self.sigmas else 0.0
+            edges = self._edges(sigma, place, key, photo)
+        except BadSample as error:
+            self._note(error)
+            return False
         mask = self.masks.draw(self.size, self.size, rng)
 
         def cut(image: np.ndarray) -> np.ndarray:
             crop = image[top : top + self.size, left : left + self.size]
             return crop[:, ::-1] if mirrored else crop
 
-        crop = cut(photo)
-        np.multiply(
-            crop.transpose(2, 0, 1), np.float32(1 / 255), out=batch["image"][number], casting="unsafe"
-        )
-        batch["mask"][number, 0] = mask
-        if self.edge_source == "full":
-            batch["edge"][number, 0] = cut(self._stored_edges(sigma, place, key)) != 0
+        image = batch["image"][number]
+        image[:] = cut(photo)
+        batch["mask"][number] = mask
+        if edges is not None:
+            batch["edge"][number] = cut(edges) != 0
         elif self.edge_source == "masked":
-            batch["edge"][number, 0] = canny_edges(np.ascontiguousarray(crop), sigma, mask)
+            batch["edge"][number] = canny_edges(image, sigma, mask)
         batch["keys"][number] = place.epoch, key
+        return True
 
-    def _stored_edges(self, sigma: float, place: Place, key: str) -> np.ndarray:
-        same, data = self.edge_maps[sigma].read(place.shard, place.row)
+    def _photo(self, place: Place) -> tuple[str, np.ndarray]:
+        key, data = self.photos.read(place.shard, place.row)
+        try:
+            return key, self.decode(data)
+        except ValueError as error:
+            raise BadSample(f"{self.photos.entries[place.shard]['name']} {key}", str(error)) from error
+
+    def _edges(self, sigma: float, place: Place, key: str, photo: np.ndarray) -> np.ndarray | None:
+        """The whole photograph's edges, where the source is of whole photographs."""
+        if self.edge_source == "live":
+            return canny_edges(photo, sigma)
+        if self.edge_source != "full":
+            return None
+        tars = self.edge_maps[sigma]
+        same, data = tars.read(place.shard, place.row)
         if same != key:
             raise ValueError(
                 f"the edge maps of sigma {sigma:g} are not in the photographs' order: make them again"
             )
-        edges = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE)
-        if edges is None:
-            raise ValueError(f"an edge map of sigma {sigma:g} cannot be decoded: make the edges again")
+        try:
+            edges = decode_edges(data)
+        except ValueError as error:
+            name = f"{tars.entries[place.shard]['name']} {key} of sigma {sigma:g}"
+            raise BadSample(name, str(error)) from error
+        if edges.shape != photo.shape[:2]:
+            raise ValueError(f"the edge maps of sigma {sigma:g} are of other photographs: make them again")
         return edges
 
-
-class _Tars:
-    """Samples of a split's tars by (shard, row): one positioned read each."""
-
-    def __init__(self, storage: Storage, entries: Sequence[dict[str, Any]], cache_dir: Path | None) -> None:
-        self.storage, self.entries = storage, entries
-        local = storage.path() is not None
-        self.cache = None if local or cache_dir is None else open_storage(cache_dir)
-        self.indexes: dict[int, dict[str, list]] = {}
-        self.lock = Lock()
-
-    def read(self, shard: int, row: int) -> tuple[str, bytes]:
-        """(key, encoded bytes)."""
-        index = self._index(shard)
-        name, home = self.entries[shard]["name"], self.storage
-        if self.cache is not None:
-            name, home = f"{self.entries[shard]['sha256']}.tar", self.cache
-        return index["keys"][row], home.read_range(name, index["offsets"][row], index["sizes"][row])
-
-    def _index(self, shard: int) -> dict[str, list]:
-        """The shard's index; its tar is downloaded with it when there is a cache."""
-        found = self.indexes.get(shard)
-        if found is not None:
-            return found
-        with self.lock:
-            if shard not in self.indexes:
-                entry = self.entries[shard]
-                if self.cache is not None and self.cache.size(f"{entry['sha256']}.tar") != entry["bytes"]:
-                    path = self.cache.path(f"{entry['sha256']}.tar")
-                    assert path is not None
-                    self.storage.download(entry["name"], path)
-                index = read_index(self.storage, entry["name"])
-                if len(self.indexes) >= _CACHED_INDEXES:
-                    self.indexes.pop(next(iter(self.indexes)))
-                self.indexes[shard] = index
-            return self.indexes[shard]
+    def _note(self, error: BadSample) -> None:
+        """Count it once; TooManyBad when there are too many."""
+        with self._lock:
+            self.bad[error.name] = str(error)
+            if len(self.bad) > self.max_bad:
+                listed = "; ".join(list(self.bad.values())[:5])
+                more = f" and {len(self.bad) - 5} more" if len(self.bad) > 5 else ""
+                raise TooManyBad(
+                    f"{len(self.bad)} samples cannot be read, more than data.max_bad allows: {listed}{more}; "
+                    "`inpaint data check` lists all, and makes them again with --repair"
+                )
 
 
 def _entries(manifest: Mapping[str, Any], split: str, uri: str) -> list[dict[str, Any]]:
@@ -243,10 +253,10 @@ def read_split(
     manifest = load_manifest(shards)
     entries = _entries(manifest, split, shards.uri)
     _check_size(manifest, size, shards.uri)
-    tars = _Tars(shards, entries, cache_dir)
+    tars, decode = Tars(shards, entries), sample_decoder(manifest)
     for shard, entry in enumerate(entries):
         for row in range(entry["count"]):
             key, data = tars.read(shard, row)
-            photo = decode_sample(data)
+            photo = decode(data)
             top, left = ((length - size) // 2 for length in photo.shape[:2])
             yield key, photo[top : top + size, left : left + size]

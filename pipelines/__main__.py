@@ -100,14 +100,37 @@ def parser() -> argparse.ArgumentParser:
     add_recipe("train", "run the chain up to the trained weights", "train demo --set seed=1")
 
     shard = add("shard", "cut photographs into webdataset tars", "shard ~/photos shards --size 256")
-    shard.add_argument("source", metavar="SOURCE", help="a folder, s3://bucket/prefix, or bundled")
+    shard.add_argument(
+        "source", metavar="SOURCE", help="a folder, s3://bucket/prefix, a listing (.txt), or bundled"
+    )
     shard.add_argument("dest", metavar="DEST", help="a folder or s3://bucket/prefix")
     shard.add_argument(
         "--size", type=int, default=256, help="short side of a training crop in pixels (%(default)s)"
     )
     shard.add_argument("--margin", type=int, default=0, help="extra pixels for random crops (%(default)s)")
     shard.add_argument("--crop", choices=("keep", "square"), default="keep", help="aspect (%(default)s)")
-    shard.add_argument("--format", choices=("jpg", "png"), default="jpg", help="(%(default)s)")
+    shard.add_argument(
+        "--format",
+        choices=("jpg", "png", "original"),
+        default="jpg",
+        help="original keeps the files' own bytes (%(default)s)",
+    )
+    shard.add_argument("--quality", type=int, default=95, help="of JPEGs (%(default)s)")
+    shard.add_argument("--val", type=float, default=0.1, help="share that validates (%(default)s)")
+    shard.add_argument("--test", type=float, default=0.1, help="share that is held out (%(default)s)")
+    shard.add_argument(
+        "--root", metavar="DIR", help="what a listing's names are relative to (default: its own folder)"
+    )
+    shard.add_argument(
+        "--max-rejects",
+        metavar="SHARE",
+        type=float,
+        default=1.0,
+        help="of unreadable files above which it fails (%(default)s)",
+    )
+    shard.add_argument(
+        "--shard-mb", type=float, default=256, help="megabytes of a shard at most (%(default)s)"
+    )
     shard.add_argument(
         "--shard-photos", type=int, default=1000, help="photographs a shard is cut from (%(default)s)"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,16 +72,21 @@ def shard(args: argparse.Namespace) -> int:
     from pipelines.progress import Show
     from pipelines.session import ray_session
 
-    options = ShardOptions(size=args.size, margin=args.margin, crop=args.crop, format=args.format)
+    given = vars(args)
+    options = ShardOptions(**{f.name: given[f.name] for f in fields(ShardOptions) if f.name in given})
     out = open_storage(args.dest)
     out.check_writable()
     with ray_session(args.debug), Show() as show:
-        manifest = shard_photographs(args.source, out, options, args.shard_photos, _reporter(show, "shard"))
+        report = _reporter(show, "shard")
+        manifest = shard_photographs(
+            args.source, out, options, args.shard_photos, report, args.max_rejects, args.root
+        )
         show("shard", "finished", note=_splits(manifest["splits"]))
     for reject in manifest["rejects"]:
         print(f"  rejected {reject['name']}: {reject['reason']}")
     print(
-        f"{len(manifest['shards'])} shards in {out.uri}, {len(manifest['rejects'])} rejects (manifest.json lists them)"
+        f"{len(manifest['shards'])} shards in {out.uri}, {len(manifest['rejects'])} rejects, "
+        f"{len(manifest['duplicates'])} duplicates (manifest.json lists them)"
     )
     return 0
 
@@ -99,10 +105,9 @@ def edges(args: argparse.Namespace) -> int:
 
     shards = open_storage(args.shards)
     with ray_session(args.debug), Show() as show:
-        for sigma in args.sigma:
-            name = f"edges/sigma-{sigma:g}"
-            make_edges(shards, sigma, shards.sub(name), _reporter(show, name))
-            show(name, "finished")
+        outs = {sigma: shards.sub(f"edges/sigma-{sigma:g}") for sigma in args.sigma}
+        make_edges(shards, outs, _reporter(show, "edges"))
+        show("edges", "finished", note=", ".join(f"sigma {sigma:g}" for sigma in outs))
     print(f"edge tars in {shards.uri}/edges")
     return 0
 

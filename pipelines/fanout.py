@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
 
 from data_prep.canny import assemble_edges, write_edge_shard
-from data_prep.shards import ShardOptions, assemble, load_manifest, write_slice
+from data_prep.shards import ShardOptions, assemble, load_manifest, make_slice, plan, sample_decoder
 from data_prep.sources import Source, open_source
 from data_prep.storage import Storage
 
 Progress = Callable[..., None]  # (done, total, note)
+Job = tuple[Callable[[], ray.ObjectRef], int]
+"""What starts a task, and how many photographs it is for."""
 
 
 class TooManyRejects(ValueError):
@@ -20,62 +23,90 @@ class TooManyRejects(ValueError):
 
 
 def shard_photographs(
-    uri: str, out: Storage, options: ShardOptions, length: int, progress: Progress, max_rejects: float = 1.0
+    uri: str,
+    out: Storage,
+    options: ShardOptions,
+    length: int,
+    progress: Progress,
+    max_rejects: float = 1.0,
+    root: str | None = None,
 ) -> dict[str, Any]:
     """Photographs -> tars in `out`, `length` photographs of the listing a task; returns the manifest.
 
-    Raises TooManyRejects when more than the share `max_rejects` of the files is unusable.
+    What is finished in `out` already is kept, and photographs that are new there make new tars. Raises TooManyRejects
+    as soon as more than the share `max_rejects` of the files is unusable.
     """
-    source = open_source(uri, tile=options.size)
-    listing = source.names()
-    slices = [listing[start : start + length] for start in range(0, len(listing), length)]
-    jobs = [_write_slice.remote(source, part, index, out, options) for index, part in enumerate(slices)]
-    parts = _collect(jobs, [len(part) for part in slices], progress, "photographs")
-    manifest = assemble(parts, options, source.uri, out)
-    rejects = manifest["rejects"]
-    if len(rejects) > max_rejects * len(listing):
+    source = open_source(uri, options.size, root)
+    slices, parts = plan(source, out, options, length)
+    total = sum(len(piece.names) for piece in slices)
+    todo = [piece for piece in slices if piece.number not in parts]
+    shared = ray.put((source, out, options))
+    jobs = [(lambda piece=piece: _make_slice.remote(shared, piece), len(piece.names)) for piece in todo]
+    _check_rejects(parts, max_rejects, total, source)
+    for number, part in _run(jobs, total, progress, "photographs"):
+        parts[todo[number].number] = part
+        _check_rejects(parts, max_rejects, total, source)
+    return assemble([parts[piece.number] for piece in slices], options, source.uri, out)
+
+
+def _check_rejects(parts: Mapping[int, Mapping[str, Any]], share: float, total: int, source: Source) -> None:
+    rejects = [reject for number in sorted(parts) for reject in parts[number]["rejects"]]
+    if len(rejects) > share * total:
         first = "; ".join(f"{reject['name']}: {reject['reason']}" for reject in rejects[:3])
         raise TooManyRejects(
-            f"{len(rejects)} of {len(listing)} files in {source.uri} are unusable, more than data.max_rejects = "
-            f"{max_rejects:g} allows ({first}); remove them or raise the limit"
+            f"{len(rejects)} of {total} files in {source.uri} are unusable, more than data.max_rejects = "
+            f"{share:g} allows ({first}); remove them or raise the limit"
         )
-    return manifest
 
 
-def make_edges(shards: Storage, sigma: float, out: Storage, progress: Progress) -> dict[str, Any]:
-    """Tars -> edge side tars of one sigma in `out`, a tar a task; returns edges.json."""
+def make_edges(shards: Storage, outs: Mapping[float, Storage], progress: Progress) -> None:
+    """Tars -> edge side tars of each sigma in that sigma's storage, a tar of photographs a task; then edges.json."""
     manifest = load_manifest(shards)
-    jobs = [_write_edges.remote(shards, entry, sigma, out) for entry in manifest["shards"]]
-    parts = _collect(jobs, [entry["count"] for entry in manifest["shards"]], progress, "edge maps")
-    return assemble_edges(parts, sigma, manifest["digest"], out)
+    entries = manifest["shards"]
+    shared = ray.put((shards, dict(outs), manifest["options"]))
+    jobs = [(lambda entry=entry: _write_edges.remote(shared, entry), entry["count"]) for entry in entries]
+    made = dict(_run(jobs, sum(entry["count"] for entry in entries), progress, "edge maps"))
+    for sigma, out in outs.items():
+        assemble_edges([made[n][sigma] for n in range(len(entries))], sigma, manifest["digest"], out)
 
 
 @ray.remote(num_cpus=1)
-def _write_slice(
-    source: Source, names: list[str], index: int, out: Storage, options: ShardOptions
-) -> dict[str, Any]:
-    return write_slice(source, names, index, out, options)
+def _make_slice(shared: tuple[Source, Storage, ShardOptions], piece: Any) -> dict[str, Any]:
+    source, out, options = shared
+    return make_slice(source, piece, out, options)
 
 
 @ray.remote(num_cpus=1)
-def _write_edges(shards: Storage, entry: dict[str, Any], sigma: float, out: Storage) -> dict[str, Any]:
-    return write_edge_shard(shards, entry, sigma, out)
+def _write_edges(
+    shared: tuple[Storage, dict[float, Storage], dict], entry: dict[str, Any]
+) -> dict[float, Any]:
+    shards, outs, options = shared
+    return write_edge_shard(shards, entry, outs, sample_decoder({"options": options}))
 
 
-def _collect(
-    jobs: list[ray.ObjectRef], sizes: list[int], progress: Progress, unit: str
-) -> list[dict[str, Any]]:
-    """The results in the jobs' order; progress as they come in. The first failure cancels the rest."""
-    size, done, waiting = dict(zip(jobs, sizes, strict=True)), 0, list(jobs)
-    progress(0, sum(sizes), unit)
+def _run(jobs: Sequence[Job], total: int, progress: Progress, unit: str) -> Iterator[tuple[int, Any]]:
+    """(number, result) of each job as it is done, a few more started than the cluster has CPUs; progress with the rate.
+
+    The first failure cancels the rest.
+    """
+    done = total - sum(size for _, size in jobs)
+    base, began = done, time.monotonic()
+    progress(done, total, unit)
+    waiting: dict[ray.ObjectRef, int] = {}
+    coming = iter(range(len(jobs)))
     try:
-        while waiting:
-            ready, waiting = ray.wait(waiting)
-            ray.get(ready)
-            done += sum(size[job] for job in ready)
-            progress(done, sum(sizes), unit)
-    except BaseException:
+        while True:
+            ahead = 2 + int(2 * ray.cluster_resources().get("CPU", 1))  # asked anew: a cluster grows
+            while len(waiting) < ahead and (number := next(coming, None)) is not None:
+                waiting[jobs[number][0]()] = number
+            if not waiting:
+                return
+            (ready, *_), _ = ray.wait(list(waiting))
+            number = waiting.pop(ready)
+            result = ray.get(ready)
+            done += jobs[number][1]
+            progress(done, total, f"{unit}, {(done - base) / (time.monotonic() - began):.0f}/s")
+            yield number, result
+    finally:
         for job in waiting:
             ray.cancel(job)
-        raise
-    return ray.get(jobs)

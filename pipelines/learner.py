@@ -207,7 +207,7 @@ class Learner:
 
     def _to_device(self, step: int, batch: Mapping[str, Any]) -> dict[str, Any]:
         moved: dict[str, Any] = {
-            key: torch.from_numpy(value).to(self.device, non_blocking=True)
+            key: _floats(torch.from_numpy(value).to(self.device, non_blocking=True))
             for key, value in batch.items()
             if isinstance(value, np.ndarray)
         }
@@ -275,6 +275,19 @@ class Learner:
                     optimiser.load_state_dict(state["optimisers"][name])
                     _lay_out(optimiser)
         return int(state["step"])
+
+
+def _floats(value: Tensor) -> Tensor:
+    """What the stream gives as the model takes it: uint8 [B,H,W,3] -> float32 [B,3,H,W] in [0,1], and masks and edges
+    [B,H,W] -> [B,1,H,W]. Floats are that already."""
+    if value.is_floating_point():
+        return value
+    if value.ndim == 3:
+        return value.unsqueeze(1).float()
+    planes = torch.empty(
+        (len(value), 3, *value.shape[1:3]), device=value.device, memory_format=torch.contiguous_format
+    )
+    return planes.copy_(value.permute(0, 3, 1, 2)).mul_(1 / 255)
 
 
 def _flat_gradient(network: nn.Module) -> Tensor:

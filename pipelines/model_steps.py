@@ -46,6 +46,7 @@ def train(ctx: StepContext, client: MlflowClient | None, run: str) -> Value:
         data={key: config[key] for key in ("size", "flip", "streams")}
         | {
             "threads": ctx.local["threads"],
+            "max_bad": int(ctx.local["max_bad"] * ctx.inputs["shard"]["splits"]["train"]),
             "torch_threads": max(1, int(ctx.local["scaling"]["cpus_per_worker"])),
         },
         masks=config["masks"],

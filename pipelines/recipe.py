@@ -30,25 +30,37 @@ Positive = Annotated[int, Field(gt=0)]
 class Data(Section):
     """Which photographs, and how they are kept in the shards."""
 
-    source: str = Field("bundled", description="a folder, s3://bucket/prefix, or `bundled`")
+    source: str = Field(
+        "bundled", description="a folder, s3://bucket/prefix, a listing (.txt) in either, or `bundled`"
+    )
+    root: str | None = Field(
+        None,
+        description="folder or s3://... that a listing's names are relative to; none = the listing's own",
+    )
     size: Annotated[int, Field(ge=32)] = Field(256, description="side of a training crop, in pixels")
     margin: Annotated[int, Field(ge=0)] = Field(
         0, description="extra pixels of the short side, for random crops"
     )
     crop: Literal["keep", "square"] = Field("keep", description="keep the aspect, or centre-crop to a square")
-    format: Literal["jpg", "png"] = "jpg"
+    format: Literal["jpg", "png", "original"] = Field(
+        "jpg", description="original keeps the files' own bytes and resizes them whenever they are read"
+    )
     quality: Annotated[int, Field(ge=1, le=100)] = 95
     val: Fraction = 0.1
     test: Fraction = 0.1
     shard_photos: Positive = Field(1000, description="photographs a shard is cut from")
+    shard_mb: Annotated[float, Field(gt=0)] = Field(256, description="megabytes of a shard at most")
     max_rejects: Annotated[float, Field(ge=0, le=1)] = Field(
         0.1, description="share of unreadable files above which sharding fails"
     )
     flip: bool = True
     streams: Positive = Field(
-        2, description="ranges an epoch is cut into: a common multiple of the rank counts"
+        2, description="ranges an epoch is cut into; as a multiple of the workers, each reads its own shards"
     )
     threads: Positive = Field(1, description="decoding threads of a training worker")
+    max_bad: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.001, description="share of the shards' samples that may turn out unreadable before a training stops"
+    )
 
 
 class Edges(Section):
@@ -59,6 +71,7 @@ class Edges(Section):
         "full",
         description="full: Canny on the whole photograph, as released; masked: never looks into the hole",
     )
+    stored: bool = Field(True, description="false: full edges are computed while training, into no tars")
 
     @model_validator(mode="before")
     @classmethod
@@ -313,11 +326,6 @@ class Recipe(Section):
             raise ValueError("models is empty: name at least one, for example  models: {context_encoder: {}}")
         if self.data.val + self.data.test >= 1:
             raise ValueError("data.val + data.test leave nothing to train on: keep their sum under 1")
-        if self.data.streams % self.scaling.workers:
-            raise ValueError(
-                f"data.streams = {self.data.streams} cannot be dealt to scaling.workers = {self.scaling.workers}: "
-                "make it a multiple"
-            )
         for key in self.models:
             train = self.train_of(key)
             batch = train.batch
@@ -325,6 +333,11 @@ class Recipe(Section):
                 raise ValueError(
                     f"train.checkpoint_every = {train.checkpoint_every} is no multiple of train.log_every = "
                     f"{train.log_every}: a resumed curve would have other means"
+                )
+            if batch % self.scaling.workers:
+                raise ValueError(
+                    f"train.batch = {batch} of model {key} cannot be dealt to scaling.workers = "
+                    f"{self.scaling.workers}: make it a multiple"
                 )
             if batch % self.data.streams:
                 raise ValueError(

@@ -17,7 +17,7 @@ from pipelines.space import shared_steps, sweep_of, swept_model, trial_recipe
 from pipelines.sweep_result import SEED
 from pipelines.tracking import Tracking
 from pipelines.trial import begin_step
-from pipelines.workflow import Later, edge_sigmas, edges_name, shard_step
+from pipelines.workflow import Later, edge_sigmas, edges_step, shard_step
 
 ELSEWHERE = {"storage", "tracking", "experiment", "scaling"}  # of a recipe: where it runs, not what comes out
 
@@ -28,7 +28,7 @@ def build_sweep(recipe: Recipe, place: Tracking | None = None) -> Workflow:
     shard = shard_step(recipe)
     sigmas = sorted({sigma for values in _corners(recipe) for sigma in _sigmas(recipe, values)})
     steps = [shard]
-    steps += [Step(edges_name(s), Later("steps", "edges"), {"sigma": s}, needs=("shard",)) for s in sigmas]
+    steps += [edges_step(sigma) for sigma in sigmas]
     evaluation = trial_recipe(recipe, {}).evaluate.model_dump(mode="json")
     steps.append(Step("baselines", Later("trial", "baselines"), evaluation, needs=("shard",)))
     start = shared_steps(recipe)

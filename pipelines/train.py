@@ -75,6 +75,7 @@ def make_stream(job: TrainJob, rank: int, world: int) -> Stream:
         edge_source=job.edge_source,  # type: ignore[arg-type]
         sigmas=job.sigmas,
         threads=job.data["threads"],
+        max_bad=job.data["max_bad"],
     )
 
 

@@ -23,7 +23,7 @@ from pipelines.recipe import Recipe
 from pipelines.space import Link, Values, milestones, sweep_of, swept_model, trial_recipe
 from pipelines.sweep_result import SEED, in_words
 from pipelines.tracking import Tracking
-from pipelines.workflow import Later, edge_sigmas, edges_name, train_step
+from pipelines.workflow import Later, edge_sigmas, edges_name, edges_step, train_step
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -174,7 +174,7 @@ class Trial:
             for sigma in sigmas:
                 name = edges_name(sigma)
                 if name not in self.trials.given:
-                    steps[name] = Step(name, Later("steps", "edges"), {"sigma": sigma}, needs=("shard",))
+                    steps[name] = edges_step(sigma)
             step = train_step(recipe, key, sigmas)
             if until < self.trials.total:
                 step = replace(step, name=f"{step.name}-{until}", config={**step.config, "until": until})

@@ -9,14 +9,13 @@ survives in durable.py.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from data_prep.sources import Source, StorageSource, open_source
+from data_prep.slices import Listing
+from data_prep.sources import open_source
 from data_prep.storage import open_storage
 from models import takes_edges
 from pipelines.durable import Step, StepContext, Workflow
@@ -46,7 +45,7 @@ def build_workflow(
     steps = [shard_step(recipe)]
     sigmas = {key: edge_sigmas(recipe, key) for key in recipe.models}
     for sigma in sorted(set(sum(sigmas.values(), ()))):
-        steps.append(Step(edges_name(sigma), Later("steps", "edges"), {"sigma": sigma}, needs=("shard",)))
+        steps.append(edges_step(sigma))
     for key in recipe.models:
         steps.append(train_step(recipe, key, sigmas[key]))
     trained = tuple(f"train-{key}" for key in recipe.models)
@@ -93,15 +92,16 @@ def with_parent(workflow: Workflow, parent: str) -> Workflow:
 
 
 def shard_step(recipe: Recipe) -> Step:
-    source = open_source(recipe.data.source, tile=recipe.data.size)
-    config = {**sharding(recipe), "source": source.uri, "listing": listing_digest(source)}
-    return Step("shard", Later("steps", "shard"), config)
+    source = open_source(recipe.data.source, recipe.data.size, recipe.data.root)
+    config = {**sharding(recipe), "source": source.uri, "listing": Listing(source).digest}
+    return Step("shard", Later("steps", "shard"), config, version=2)
 
 
 def sharding(recipe: Recipe) -> dict[str, Any]:
     """The fields that make the shards what they are."""
     keys = [
         "source",
+        "root",
         "size",
         "margin",
         "crop",
@@ -110,6 +110,7 @@ def sharding(recipe: Recipe) -> dict[str, Any]:
         "val",
         "test",
         "shard_photos",
+        "shard_mb",
         "max_rejects",
     ]
     return {key: getattr(recipe.data, key) for key in keys}
@@ -125,7 +126,7 @@ def train_step(recipe: Recipe, key: str, sigmas: tuple[float, ...]) -> Step:
         "flip": recipe.data.flip,
         "streams": recipe.data.streams,
         "masks": recipe.masks_of(key),
-        "edge_source": edges.source if uses_edges(recipe, key) else "none",
+        "edge_source": edge_source(recipe, key),
         "sigma": list(edges.sigma),
         "train": train.model_dump(mode="json", exclude={"keep"}),
     }
@@ -135,7 +136,7 @@ def train_step(recipe: Recipe, key: str, sigmas: tuple[float, ...]) -> Step:
         Later("model_steps", "train"),
         config,
         needs,
-        local={"keep": train.keep, "threads": recipe.data.threads},
+        local={"keep": train.keep, "threads": recipe.data.threads, "max_bad": recipe.data.max_bad},
     )
 
 
@@ -146,20 +147,23 @@ def uses_edges(recipe: Recipe, key: str) -> bool:
 
 def edge_sigmas(recipe: Recipe, key: str) -> tuple[float, ...]:
     """The sigmas whose edge tars a training reads; masked edges depend on the mask and are made on the fly."""
-    stored = uses_edges(recipe, key) and recipe.edges_of(key).source == "full"
-    return recipe.edges_of(key).sigma if stored else ()
+    return recipe.edges_of(key).sigma if edge_source(recipe, key) == "full" else ()
+
+
+def edge_source(recipe: Recipe, key: str) -> str:
+    """As the stream names it: full edges that are not stored are live."""
+    edges = recipe.edges_of(key)
+    if not uses_edges(recipe, key):
+        return "none"
+    return "live" if edges.source == "full" and not edges.stored else edges.source
+
+
+def edges_step(sigma: float) -> Step:
+    return Step(edges_name(sigma), Later("steps", "edges"), {"sigma": sigma}, needs=("shard",), version=2)
 
 
 def edges_name(sigma: float) -> str:
     return f"edges-sigma-{sigma:g}"
-
-
-def listing_digest(source: Source) -> str:
-    """Identifies the photographs by name and size, so that a changed folder is sharded anew."""
-    listing: Any = list(source.storage.list()) if isinstance(source, StorageSource) else source.names()
-    if not listing:
-        source.names()  # says in its own words that there is nothing
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ class Chain:
         manifest = assemble(
             [write_slice(source, source.names()[::9][:60], 0, shards, options)], options, "x", shards
         )
-        tars = [write_edge_shard(shards, entry, SIGMA, edges) for entry in manifest["shards"]]
+        tars = [write_edge_shard(shards, entry, {SIGMA: edges})[SIGMA] for entry in manifest["shards"]]
         assemble_edges(tars, SIGMA, manifest["digest"], edges)
         value = {"edges": "work/e/a1", "sigma": SIGMA}
         storage.write("manifests/e-edges-sigma-1.5.json", json.dumps({"value": value}).encode())

@@ -138,7 +138,7 @@ def test_edge_shards_go_beside_the_photographs(shards, tmp_path):
     manifest = load_manifest(shards)
     outs = [open_storage(tmp_path / name) for name in ("a", "b")]
     for out in outs:
-        parts = [write_edge_shard(shards, entry, 2.0, out) for entry in manifest["shards"]]
+        parts = [write_edge_shard(shards, entry, {2.0: out})[2.0] for entry in manifest["shards"]]
         assemble_edges(parts, 2.0, manifest["digest"], out)
     assert [(key, outs[0].read(key)) for key, _ in outs[0].list()] == [
         (key, outs[1].read(key)) for key, _ in outs[1].list()
@@ -170,7 +170,7 @@ def test_edges_of_other_shards_are_refused(shards, tmp_path):
         load_edges(out, load_manifest(shards)["digest"])
     entry = {**load_manifest(shards)["shards"][0], "sha256": "0" * 64}
     with pytest.raises(ValueError, match="not what the manifest says"):
-        write_edge_shard(shards, entry, 2.0, out)
+        write_edge_shard(shards, entry, {2.0: out})
 
 
 def test_another_sigma_does_not_touch_the_photographs(tmp_path):
@@ -178,5 +178,5 @@ def test_another_sigma_does_not_touch_the_photographs(tmp_path):
     options = ShardOptions(size=64, val=0, test=0)
     manifest = assemble([write_slice(source, source.names()[:3], 0, out, options)], options, source.uri, out)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}
-    write_edge_shard(out, manifest["shards"][0], 1.0, open_storage(tmp_path / "edges"))
+    write_edge_shard(out, manifest["shards"][0], {1.0: open_storage(tmp_path / "edges")})
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "shards").iterdir()}

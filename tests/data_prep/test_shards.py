@@ -71,7 +71,7 @@ def test_any_tar_reader_and_webdataset_agree_with_the_index(photos, tmp_path, mo
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             members = {info.name: (info, tar.extractfile(info).read()) for info in tar}
         assert list(members) == [f"{key}.png" for key in index["keys"]]
-        assert index["keys"] == sorted(index["keys"])
+        assert index["names"] == sorted(index["names"])
         for row, (info, member) in enumerate(members.values()):
             assert out.read_range(entry["name"], index["offsets"][row], index["sizes"][row]) == member
             assert (info.mtime, info.uid, info.gid, info.uname, info.gname) == (0, 0, 0, "", "")
@@ -218,6 +218,10 @@ def test_a_name_that_is_no_unicode(tmp_path):
     assert sum(manifest["splits"].values()) == 1
 
 
+def _sums(manifest):
+    return sorted(entry["sha256"] for entry in manifest["shards"])
+
+
 def test_duplicates_in_other_slices_stay_once(photos, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -228,7 +232,7 @@ def test_duplicates_in_other_slices_stay_once(photos, tmp_path):
     make(open_source(str(photos)), once)
     manifest = make(open_source(str(folder)), twice)
     assert len(manifest["duplicates"]) == 23
-    assert manifest["digest"] == load_manifest(once)["digest"]
+    assert _sums(manifest) == _sums(load_manifest(once))
     keys = [key for entry in manifest["shards"] for key in read_index(twice, entry["name"])["keys"]]
     assert len(keys) == len(set(keys)) == 23
     for entry in manifest["shards"]:

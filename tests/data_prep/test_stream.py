@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import Counter
 from itertools import islice
@@ -11,12 +12,13 @@ import pytest
 from skimage.color import rgb2gray
 from skimage.feature import canny
 
+from data_prep import reading
 from data_prep import stream as stream_module
 from data_prep.canny import assemble_edges, canny_edges, write_edge_shard
 from data_prep.shards import ShardOptions, assemble, load_manifest, read_index, write_slice
 from data_prep.sources import open_source
 from data_prep.storage import open_storage
-from data_prep.stream import Stream, read_split
+from data_prep.stream import Stream, TooManyBad, read_split
 
 MASKS = {"box": 1, "brush": 1}
 ARRAYS = ("image", "mask", "edge")
@@ -28,7 +30,9 @@ def edges(shards, tmp_path_factory):
     manifest, found = load_manifest(shards), {}
     for sigma in (1.0, 2.0):
         found[sigma] = open_storage(tmp_path_factory.mktemp(f"edges-{sigma:g}"))
-        parts = [write_edge_shard(shards, entry, sigma, found[sigma]) for entry in manifest["shards"]]
+        parts = [
+            write_edge_shard(shards, entry, {sigma: found[sigma]})[sigma] for entry in manifest["shards"]
+        ]
         assemble_edges(parts, sigma, manifest["digest"], found[sigma])
     return found
 
@@ -56,19 +60,19 @@ def joined(parts):
 
 def test_shapes_types_and_ranges(shards, edges):
     batch = make(shards, edges=edges, edge_source="full", sigmas=(1.0, 2.0)).batch(0)
-    assert batch["image"].shape == (8, 3, 32, 32)
-    assert batch["mask"].shape == batch["edge"].shape == (8, 1, 32, 32)
-    assert all(batch[name].dtype == np.float32 for name in ARRAYS)
-    assert 0 <= batch["image"].min() < batch["image"].max() <= 1
+    assert batch["image"].shape == (8, 32, 32, 3)
+    assert batch["mask"].shape == batch["edge"].shape == (8, 32, 32)
+    assert [batch[name].dtype for name in ARRAYS] == [np.uint8, np.uint8, bool]
     assert set(np.unique(batch["mask"])) == set(np.unique(batch["edge"])) == {0, 1}
     assert make(shards).batch(0)["edge"] is None
 
 
 def test_the_ranks_parts_are_the_one_global_batch(shards, edges):
+    """Also where the ranks share a stream's line."""
     for source in ("none", "full", "masked"):
         options = {"edge_source": source, "edges": edges, "sigmas": (1.0, 2.0)}
         alone = make(shards, **options)
-        for world in (2, 4):
+        for world in (2, 4, 8):
             ranks = [make(shards, rank=rank, world=world, **options) for rank in range(world)]
             for step in (0, 1, 5, 17):
                 assert equal(joined([rank.batch(step) for rank in ranks]), alone.batch(step))
@@ -124,7 +128,6 @@ def test_crops_flips_and_masks_vary_between_epochs(shards):
 
 def test_a_crop_is_a_piece_of_the_stored_photograph_flipped_or_not(shards):
     whole = dict(read_split(shards, "train", 36))
-    stored = {key: photo.astype(np.float32) / 255 for key, photo in whole.items()}
     index = {key: shape for key, shape in _shapes(shards).items() if shape == [36, 36]}
     flips = Counter()
     for flip in (True, False):
@@ -134,14 +137,12 @@ def test_a_crop_is_a_piece_of_the_stored_photograph_flipped_or_not(shards):
                 if key not in index:
                     continue
                 pieces = [
-                    (mirrored, stored[key][y : y + 32, x : x + 32][:, :: -1 if mirrored else 1])
+                    (mirrored, whole[key][y : y + 32, x : x + 32][:, :: -1 if mirrored else 1])
                     for mirrored in (False, True)
                     for y in range(5)
                     for x in range(5)
                 ]
-                fits = [
-                    mirrored for mirrored, piece in pieces if np.allclose(piece.transpose(2, 0, 1), image)
-                ]
+                fits = [mirrored for mirrored, piece in pieces if np.array_equal(piece, image)]
                 assert fits
                 flips[flip, fits[0]] += 1
     assert not flips[False, True]
@@ -166,8 +167,7 @@ def test_flips_are_half_of_all(tmp_path):
         stream = Stream(out, "train", size=64, batch=len(straight), masks="center", flip=flip)
         batch = stream.batch(0)
         turned = [
-            not np.array_equal(np.round(image * 255).astype(np.uint8), straight[key].transpose(2, 0, 1))
-            for (_, key), image in zip(batch["keys"], batch["image"])
+            not np.array_equal(image, straight[key]) for (_, key), image in zip(batch["keys"], batch["image"])
         ]
         assert abs(np.mean(turned) - share) <= (0.15 if share else 0)
 
@@ -179,10 +179,10 @@ def test_stored_edges_are_cropped_and_flipped_like_the_photograph(shards, edges)
     for step in range(6):
         batch = stream.batch(step)
         for image, edge in zip(batch["image"], batch["edge"]):
-            grey = rgb2gray(np.round(image * 255).astype(np.uint8).transpose(1, 2, 0))
+            grey = rgb2gray(image)
             inner = slice(10, 22)
             differing = {
-                s: np.mean(canny(grey, sigma=s)[inner, inner] != edge[0, inner, inner]) for s in (1.0, 2.0)
+                s: np.mean(canny(grey, sigma=s)[inner, inner] != edge[inner, inner]) for s in (1.0, 2.0)
             }
             counted[min(differing, key=differing.__getitem__)] += 1
             assert min(differing.values()) < 0.12
@@ -193,8 +193,7 @@ def test_stored_edges_are_cropped_and_flipped_like_the_photograph(shards, edges)
 def test_masked_edges_are_canny_with_the_hole_masked_out(shards):
     batch = make(shards, edge_source="masked", sigmas=(1.5,)).batch(2)
     for image, mask, edge in zip(batch["image"], batch["mask"], batch["edge"]):
-        pixels = np.round(image * 255).astype(np.uint8).transpose(1, 2, 0)
-        assert np.array_equal(edge[0] != 0, canny_edges(pixels, 1.5, mask[0]))
+        assert np.array_equal(edge, canny_edges(image, 1.5, mask))
         assert not (edge * mask).any()
 
 
@@ -243,20 +242,93 @@ def test_only_a_few_batches_are_made_ahead(shards, monkeypatch):
     batches.close()
 
 
-def test_a_damaged_tar_stops_the_stream_with_its_name(photos, tmp_path):
+@pytest.fixture
+def damaged(photos, tmp_path, monkeypatch):
+    """Shards in which one photograph has a flipped byte, and the next one's tar is gone; with their two names."""
+    monkeypatch.setattr(reading, "PAUSES", (0.0,))
     source, out = open_source(str(photos)), open_storage(tmp_path)
-    options = ShardOptions(size=32, val=0, test=0)
-    manifest = assemble([write_slice(source, source.names(), 0, out, options)], options, source.uri, out)
-    name = manifest["shards"][0]["name"]
-    out.write(name, out.read(name)[:3000])
-    with pytest.raises(RuntimeError, match=name):
-        list(make(out).batches(0, 5))
+    options, names = ShardOptions(size=32, val=0, test=0), source.names()
+    parts = [write_slice(source, names[n::3], n, out, options) for n in range(3)]
+    manifest = assemble(parts, options, source.uri, out)
+    first, second = (entry["name"] for entry in manifest["shards"][:2])
+    index, data = read_index(out, first), bytearray(out.read(first))
+    data[index["offsets"][2] + index["sizes"][2] // 2] ^= 1
+    out.write(first, bytes(data))
+    out.delete(second)
+    return out, f"{first} {index['keys'][2]}", second
+
+
+def test_what_cannot_be_read_is_named_and_stops_the_stream(damaged):
+    shards, flipped, gone = damaged
+    with pytest.raises(TooManyBad, match=rf"(?s){flipped}: .*CRC-32|{gone} .* is not in") as error:
+        list(make(shards).batches(0, 6))
+    assert "inpaint data check" in str(error.value)
+    with pytest.raises(TooManyBad, match="8 samples cannot be read"):
+        list(make(shards, max_bad=7).batches(0, 6))
+
+
+def test_others_stand_in_for_what_cannot_be_read_the_same_for_all_readers(damaged):
+    shards, flipped, gone = damaged
+    alone = make(shards, max_bad=9)
+    expected = [alone.batch(step) for step in range(9)]
+    assert len(alone.bad) == 9
+    assert {name for name in alone.bad if not name.startswith(gone)} == {flipped}
+    ranks = [make(shards, max_bad=9, rank=rank, world=2, threads=2) for rank in range(2)]
+    for got, batch in zip(zip(*(rank.batches(2, 9) for rank in ranks)), expected[2:], strict=True):
+        assert equal(joined(got), batch)
+    seen = {key for batch in expected for _, key in batch["keys"]}
+    manifest = load_manifest(shards)
+    readable = [read_index(shards, manifest["shards"][n]["name"])["keys"] for n in (0, 2)]
+    assert seen == {key for keys in readable for key in keys} - {flipped.split()[1]}
+
+
+def test_a_truncated_tar_is_named(damaged):
+    shards, _, gone = damaged
+    shards.write(gone, b"cut")
+    with pytest.raises(TooManyBad, match=f"{gone} [0-9a-f]+: "):
+        list(make(shards, max_bad=3).batches(0, 6))
+
+
+def test_live_edges_are_the_stored_ones(shards, edges):
+    stored = make(shards, edges=edges, edge_source="full", sigmas=(1.0, 2.0))
+    live = make(shards, edge_source="live", sigmas=(1.0, 2.0))
+    assert all(equal(stored.batch(step), live.batch(step)) for step in range(6))
+
+
+def test_originals_are_read_as_their_copies_would_be(photos, tmp_path):
+    """PNGs lose nothing: the stream of the files' own bytes is the stream of resized copies."""
+    source, streams = open_source(str(photos)), []
+    for kind in ("png", "original"):
+        out, options = (
+            open_storage(tmp_path / kind),
+            ShardOptions(size=32, margin=4, format=kind, val=0, test=0),
+        )
+        assemble([write_slice(source, source.names(), 0, out, options)], options, source.uri, out)
+        streams.append(make(out, edge_source="live"))
+    assert all(equal(streams[0].batch(step), streams[1].batch(step)) for step in range(3))
+    index = read_index(out, "train-00000.tar")
+    for row, name in enumerate(index["names"]):
+        data = out.read_range("train-00000.tar", index["offsets"][row], index["sizes"][row])
+        assert data == (photos / name).read_bytes()
+
+
+def test_keys_out_of_step_stop_the_stream(shards, edges, tmp_path):
+    """Edge maps of the same number of other photographs."""
+    other, manifest = open_storage(tmp_path), load_manifest(shards)
+    for key, _ in edges[1.0].list():
+        other.write(key, edges[1.0].read(key))
+    for entry in manifest["shards"]:
+        index = read_index(other, entry["name"])
+        index["keys"] = index["keys"][::-1]
+        other.write(entry["name"].replace(".tar", ".json"), json.dumps(index).encode())
+    with pytest.raises(ValueError, match="not in the photographs' order"):
+        list(make(shards, edges={1.0: other}, edge_source="full", sigmas=(1.0,)).batches(0, 3))
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"streams": 3, "world": 2}, "data.streams = 3"),
+        ({"streams": 3, "batch": 9, "world": 2}, "number of ranks"),
         ({"batch": 6, "streams": 4}, "train.batch = 6"),
         ({"size": 64}, "data.size = 64"),
         ({"masks": "boxx"}, "did you mean 'box'"),
