@@ -188,7 +188,7 @@ class _Split:
             self._open.__exit__(*error)
 
     def add(self, key: str, data: bytes, suffix: str, name: str, shape: tuple[int, int]) -> None:
-        if self._tar and self._tar.size + len(data) > self.limit:
+        if self._tar and self._tar.with_another(len(data)) > self.limit:
             self._end()
         if self._tar is None:
             self._more = {"shapes": [], "names": []}

@@ -49,6 +49,11 @@ class TarWriter:
         self._write(data)
         self._write(bytes(-len(data) % _BLOCK))
 
+    def with_another(self, size: int) -> int:
+        """The whole tar's bytes, were a member of this many bytes its last one."""
+        content = self.size + _BLOCK + size + -size % _BLOCK + 2 * _BLOCK
+        return content + -content % _RECORD
+
     def end(self) -> None:
         """Two empty blocks, and up to a whole record, as tar has it; once."""
         if not self._ended:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_prep import sources
 from data_prep.sources import PhotoError, bundled_photo, decode_photo, open_source
 from data_prep.storage import open_storage
 
@@ -122,6 +123,24 @@ def test_a_truncated_file_has_a_reason(photo):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_cut_jpeg_with_a_thumbnail_is_found(photo):
+    """The thumbnail's end is not the photograph's."""
+    large = encode(photo, "JPEG", quality=95)
+    thumbnail = b"Exif\0\0" + encode(photo.reduce(8), "JPEG")
+    whole = large[:2] + b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail + large[2:]
+    assert np.array_equal(decode_photo(whole), decode_photo(large))
+    with pytest.raises(PhotoError, match="truncated"):
+        decode_photo(whole[: len(whole) * 2 // 3])
+
+
+@pytest.mark.parametrize("short_side", [None, 80, 40, 20, 10])
+def test_the_short_way_to_a_jpegs_pixels_gives_the_same(photo, short_side, monkeypatch):
+    data = encode(photo, "JPEG", quality=90)
+    quick = decode_photo(data, short_side=short_side)
+    monkeypatch.setattr(sources, "_plain_jpeg", lambda *_: None)
+    assert np.array_equal(decode_photo(data, short_side=short_side), quick)
+
+
 def test_damaged_bytes_never_crash(photo):
     """Any damage gives pixels or a reason; nothing else is raised."""
     rng = np.random.default_rng(0)

@@ -37,7 +37,7 @@ def test_every_shipped_recipe_loads_and_its_models_know_its_options(name: str) -
         ({"train": {"batch": 0}}, ["train.batch", "greater than 0"]),
         ({"models": {}}, ["models is empty"]),
         ({"data": {"val": 0.6, "test": 0.4}}, ["data.val + data.test"]),
-        ({"scaling": {"workers": 3}}, ["data.streams", "scaling.workers", "multiple"]),
+        ({"scaling": {"workers": 3}}, ["train.batch", "scaling.workers", "multiple"]),
         ({"train": {"batch": 15}}, ["train.batch", "data.streams"]),
         ({"train": {"checkpoint_every": 30, "log_every": 20}}, ["checkpoint_every", "log_every"]),
         ({"edges": {"sigma": -1}}, ["edges.sigma", "greater than or equal to 0"]),
