@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
+import struct
+import zlib
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from data_prep.shards import decode_sample
 from data_prep.storage import MissingKey, Storage
@@ -176,19 +176,38 @@ def _made(out: Storage, photos: Mapping[str, Any]) -> dict[str, Any] | None:
     return made if same else None
 
 
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PLAIN = struct.pack(">BBBBB", 1, 0, 0, 0, 0)  # one bit, grey, deflate, no interlacing
+
+
 def encode_edges(edges: np.ndarray) -> bytes:
-    """bool [H,W] as a PNG of one bit a pixel."""
-    png = io.BytesIO()
-    Image.fromarray(edges).save(png, "PNG")
-    return png.getvalue()
+    """bool [H,W] as a PNG of one bit a pixel, its rows unfiltered: the smallest for lines, and read by `decode_edges`
+    with one inflation."""
+    height, width = edges.shape
+    rows = np.zeros((height, 1 + (width + 7) // 8), np.uint8)
+    rows[:, 1:] = np.packbits(edges, axis=1)
+    header = struct.pack(">II", width, height) + _PLAIN
+    body = zlib.compress(rows.tobytes(), 6)  # 9 takes four times as long for two per cent
+    return _PNG + _chunk(b"IHDR", header) + _chunk(b"IDAT", body) + _chunk(b"IEND", b"")
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def decode_edges(data: bytes) -> np.ndarray:
-    """uint8 [H,W], 0 where there is no edge; ValueError when the map is damaged."""
-    edges = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE)
+    """uint8 [H,W], 1 where there is an edge; ValueError when the map is damaged. Any PNG is read; ours, quickly."""
+    if data[:8] == _PNG and data[24:29] == _PLAIN and data[37:41] == b"IDAT":
+        width, height = struct.unpack(">II", data[16:24])
+        (size,) = struct.unpack(">I", data[33:37])
+        with suppress(zlib.error, ValueError):
+            rows = np.frombuffer(zlib.decompress(data[41 : 41 + size]), np.uint8).reshape(height, -1)
+            if rows.shape[1] == 1 + (width + 7) // 8 and not rows[:, 0].any():
+                return np.unpackbits(rows[:, 1:], axis=1, count=width)
+    edges = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_GRAYSCALE) if data else None
     if edges is None:
         raise ValueError("an edge map cannot be decoded: make the edges again")
-    return edges
+    return np.minimum(edges, 1)
 
 
 def assemble_edges(

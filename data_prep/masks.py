@@ -113,6 +113,9 @@ def looks_inverted(mask: np.ndarray) -> bool:
 class MaskSource(ABC):
     """Where a run's masks come from. Picklable."""
 
+    constant = False
+    """whether every mask of a size is the same"""
+
     @abstractmethod
     def draw(self, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
         """A mask uint8 [height, width], 1 = hole."""
@@ -177,6 +180,10 @@ class DrawnMasks(MaskSource):
 
     def __post_init__(self) -> None:
         check_kind(self.kind, dict(self.options))  # once, not at every mask
+
+    @property
+    def constant(self) -> bool:  # type: ignore[override]
+        return self.kind == "center"
 
     def draw(self, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
         return SHAPES[self.kind](height, width, rng, **dict(self.options))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import time
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_prep.storage import MissingKey, Storage, StorageError
 from data_prep.tars import read_index
@@ -27,49 +26,72 @@ class BadSample(ValueError):
         self.name = name
 
 
+class _Shard(NamedTuple):
+    keys: list[str]
+    offsets: list[int]
+    sizes: list[int]
+    sums: list[int]
+    read: Read
+
+
 class Tars:
     """The tars that `entries` of a manifest name in a storage. Safe to use from several threads."""
 
     def __init__(self, storage: Storage, entries: Sequence[Mapping[str, Any]]) -> None:
         self.storage, self.entries = storage, entries
-        self._indexes: OrderedDict[int, dict[str, list]] = OrderedDict()
-        self._files: OrderedDict[int, Read] = OrderedDict()
+        self._shards: dict[int, _Shard] = {}
         self._lock = Lock()
         self._lost: dict[int, tuple[float, str]] = {}
 
     def read(self, shard: int, row: int) -> tuple[str, bytes]:
         """(key, stored bytes). What fails is tried again; BadSample when it stays so."""
+        found = self._shards.get(shard)
+        if found is not None:
+            try:
+                data = found.read(found.offsets[row], found.sizes[row])
+                if zlib.crc32(data) == found.sums[row]:
+                    return found.keys[row], data
+            except (StorageError, IndexError):
+                pass  # tried again below
+        return self._read_patiently(shard, row)
+
+    def _read_patiently(self, shard: int, row: int) -> tuple[str, bytes]:
         name, place = self.entries[shard]["name"], f"row {row}"
-        since, reason = self._lost.get(shard, (-AGAIN, ""))
-        if time.monotonic() - since < AGAIN:  # the whole shard: its other samples need not wait as long
-            raise BadSample(f"{name} {place}", reason)
+        if shard in self._lost:  # the whole shard: its other samples need not wait as long
+            since, reason = self._lost[shard]
+            if time.monotonic() - since < AGAIN:
+                raise BadSample(f"{name} {place}", reason)
         for pause in (*PAUSES, None):
             whole = True
             try:
-                index, file = self._index(shard), self._file(shard)
-                whole = False
-                key, offset, size = index["keys"][row], index["offsets"][row], index["sizes"][row]
-                place = str(key)
-                data = file(offset, size)
-                if zlib.crc32(data) == index["crc32"][row]:
-                    return key, data
+                found = self._shard(shard)
+                whole, place = False, str(found.keys[row])
+                data = found.read(found.offsets[row], found.sizes[row])
+                if zlib.crc32(data) == found.sums[row]:
+                    return found.keys[row], data
                 reason = "its bytes are not those that were written (CRC-32)"
             except (StorageError, ValueError, IndexError) as error:
                 reason = str(error)
-            self._forget(shard)
+            with self._lock:
+                self._shards.pop(shard, None)  # it may have been made again: look anew
             if pause is not None:
                 time.sleep(pause)
         if whole:
             self._lost[shard] = time.monotonic(), reason
         raise BadSample(f"{name} {place}", reason)
 
-    def _index(self, shard: int) -> dict[str, list]:
-        return _kept(
-            self._indexes, self._lock, shard, lambda: read_index(self.storage, self.entries[shard]["name"])
-        )
-
-    def _file(self, shard: int) -> Read:
-        return _kept(self._files, self._lock, shard, lambda: self._open(self.entries[shard]))
+    def _shard(self, shard: int) -> _Shard:
+        """Opened once; the one that was opened first is forgotten beyond OPEN."""
+        with self._lock:
+            found = self._shards.get(shard)
+            if found is None:
+                entry = self.entries[shard]
+                index = read_index(self.storage, entry["name"])
+                keys, offsets, sizes, sums = (index[c] for c in ("keys", "offsets", "sizes", "crc32"))
+                found = self._shards[shard] = _Shard(keys, offsets, sizes, sums, self._open(entry))
+                if len(self._shards) > OPEN:
+                    self._shards.pop(next(iter(self._shards)))
+            return found
 
     def _open(self, entry: Mapping[str, Any]) -> Read:
         path = self.storage.path(entry["name"])
@@ -81,12 +103,6 @@ class Tars:
             except OSError as error:
                 raise StorageError(f"cannot read {path}: {error.strerror}") from error
         return lambda offset, size: self.storage.read_range(entry["name"], offset, size)
-
-    def _forget(self, shard: int) -> None:
-        """Look at the shard anew with the next read: it may have been made again."""
-        with self._lock:
-            self._indexes.pop(shard, None)
-            self._files.pop(shard, None)
 
 
 class _LocalFile:
@@ -100,16 +116,3 @@ class _LocalFile:
             return os.pread(self._file.fileno(), size, offset)
         except OSError as error:
             raise StorageError(f"cannot read {self._file.name}: {error.strerror}") from error
-
-
-def _kept(known: OrderedDict[int, Any], lock: Lock, shard: int, make: Callable[[], Any]) -> Any:
-    """What is known of a shard, made once where it is not; the oldest is forgotten beyond OPEN."""
-    found = known.get(shard)
-    if found is None:
-        with lock:
-            found = known.get(shard)
-            if found is None:
-                found = known[shard] = make()
-                if len(known) > OPEN:
-                    known.popitem(last=False)
-    return found

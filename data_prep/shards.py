@@ -392,7 +392,7 @@ def load_manifest(shards: Storage) -> dict[str, Any]:
 
 def decode_sample(data: bytes) -> np.ndarray:
     """A photograph stored as JPEG or PNG, as uint8 RGB [H,W,3]. ValueError when it is damaged."""
-    photo = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+    photo = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None
     if photo is None:
         raise ValueError("a stored photograph cannot be decoded: the shards are damaged, make them again")
     return photo

@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
+import cv2
 import numpy as np
 
 from data_prep.canny import canny_edges, decode_edges, load_edges
@@ -39,8 +40,8 @@ class Stream:
     in turn. Rank r of `world` makes the r-th of `world` equal parts of it: whole lines, where `streams` is a multiple of
     `world`. Epochs follow one another without a gap, so every batch is full, also when the split is smaller than one.
 
-    A sample's crop (of `size` pixels), flip, sigma and mask come from a generator seeded by (seed, epoch, its number in
-    the split). `masks` is what `open_masks` takes. Edges: "full" reads the side tars `edges[sigma]` of a sigma
+    A sample's crop (of `size` pixels), flip, sigma and mask are drawn from (seed, epoch, its number in the split) alone.
+    `masks` is what `open_masks` takes. Edges: "full" reads the side tars `edges[sigma]` of a sigma
     drawn from `sigmas`; "live" computes the same from the stored photograph; "masked" runs Canny on the crop with the
     hole masked out; "none" gives none. With `cache_dir` the tars of a bucket are downloaded there once; without it each
     sample is one ranged read.
@@ -85,7 +86,10 @@ class Stream:
         self.each = batch // streams
         self.part = range(rank * batch // world, (rank + 1) * batch // world)
         self.masks = open_masks(masks)
-        self.masks.draw(size, size, np.random.default_rng(0))  # what is made once a process is made here
+        first = self.masks.draw(
+            size, size, np.random.default_rng(0)
+        )  # what is made once a process is made here
+        self.mask = first if self.masks.constant else None
         self.photos = Tars(shards, entries)
         self.decode = sample_decoder(manifest)
         self.max_bad, self.bad, self._lock = max_bad, dict[str, str](), Lock()
@@ -106,8 +110,8 @@ class Stream:
         "keys": [(epoch, key)]}: a quarter of the bytes of floats, which the learner makes where it computes. Edges are
         not multiplied by the mask.
         """
-        batch, places = self._begin(step)
-        self._fill(batch, places, range(len(places)))
+        batch = self._begin()
+        self._fill(batch, step, range(len(self.part)))
         return batch
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
@@ -118,9 +122,9 @@ class Stream:
             try:
                 while waiting or step < stop:
                     while step < stop and len(waiting) <= AHEAD:
-                        batch, places = self._begin(step)
-                        shares = [range(n, len(places), self.threads) for n in range(self.threads)]
-                        waiting.append((batch, [pool.submit(self._fill, batch, places, n) for n in shares]))
+                        batch = self._begin()
+                        shares = [range(n, len(self.part), self.threads) for n in range(self.threads)]
+                        waiting.append((batch, [pool.submit(self._fill, batch, step, n) for n in shares]))
                         step += 1
                     batch, work = waiting.popleft()
                     for future in work:
@@ -129,49 +133,53 @@ class Stream:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _begin(self, step: int) -> tuple[Batch, list[Place]]:
-        """An empty batch, and what belongs in it."""
-        places = [self.order.at(n // self.each, step * self.each + n % self.each) for n in self.part]
-        plane = len(places), self.size, self.size
-        batch = {
+    def _begin(self) -> Batch:
+        """An empty batch."""
+        plane = len(self.part), self.size, self.size
+        return {
             "image": np.empty((*plane, 3), np.uint8),
             "mask": np.empty(plane, np.uint8),
             "edge": None if self.edge_source == "none" else np.empty(plane, bool),
-            "keys": [(0, "")] * len(places),
+            "keys": [(0, "")] * len(self.part),
         }
-        return batch, places
 
-    def _fill(self, batch: Batch, places: Sequence[Place], numbers: range) -> None:
-        for number in numbers:
-            place = places[number]
-            while not self._make(batch, number, place):
+    def _fill(self, batch: Batch, step: int, numbers: range) -> None:
+        """Make these samples of this rank's part of global batch `step`."""
+        points = [(self.part[number], number) for number in numbers]
+        places = [self.order.at(n // self.each, step * self.each + n % self.each) for n, _ in points]
+        for (_, number), place, drawn in zip(points, places, _draws(self.seed, places), strict=True):
+            while not self._make(batch, number, place, drawn):
                 place = self.order.following(place)
+                (drawn,) = _draws(self.seed, [place])
 
-    def _make(self, batch: Batch, number: int, place: Place) -> bool:
-        """Make one sample in its place of the batch; False when it cannot be read. The draws' order is part of the
-        stream's definition."""
-        rng = np.random.default_rng((self.seed, place.epoch, place.number))
+    def _make(self, batch: Batch, number: int, place: Place, drawn: list[int]) -> bool:
+        """Make one sample in its place of the batch; False when it cannot be read."""
         try:
             key, photo = self._photo(place)
-            height, width = photo.shape[:2]
-            top, left = (int(rng.integers(length - self.size + 1)) for length in (height, width))
-            mirrored = bool(rng.random() < 0.5) and self.flip
-            sigma = self.sigmas[int(rng.integers(len(self.sigmas)))] if self.sigmas else 0.0
+            sigma = self.sigmas[drawn[3] % len(self.sigmas)] if self.sigmas else 0.0
             edges = self._edges(sigma, place, key, photo)
         except BadSample as error:
             self._note(error)
             return False
-        mask = self.masks.draw(self.size, self.size, rng)
+        size, (height, width) = self.size, photo.shape[:2]
+        top, left = drawn[0] % (height - size + 1), drawn[1] % (width - size + 1)
+        mirrored = self.flip and drawn[2] % 2 == 1
 
-        def cut(image: np.ndarray) -> np.ndarray:
-            crop = image[top : top + self.size, left : left + self.size]
-            return crop[:, ::-1] if mirrored else crop
+        def cut(source: np.ndarray, target: np.ndarray) -> None:
+            crop = source[top : top + size, left : left + size]
+            if mirrored:
+                cv2.flip(crop, 1, dst=target)  # NumPy would copy it pixel by pixel
+            else:
+                np.copyto(target, crop)
 
-        image = batch["image"][number]
-        image[:] = cut(photo)
+        image, mask = batch["image"][number], self.mask
+        cut(photo, image)
+        if mask is None:
+            rng = np.random.default_rng((self.seed, place.epoch, place.number))
+            mask = self.masks.draw(size, size, rng)
         batch["mask"][number] = mask
         if edges is not None:
-            batch["edge"][number] = cut(edges) != 0
+            cut(edges.view(np.uint8), batch["edge"][number].view(np.uint8))
         elif self.edge_source == "masked":
             batch["edge"][number] = canny_edges(image, sigma, mask)
         batch["keys"][number] = place.epoch, key
@@ -185,7 +193,7 @@ class Stream:
             raise BadSample(f"{self.photos.entries[place.shard]['name']} {key}", str(error)) from error
 
     def _edges(self, sigma: float, place: Place, key: str, photo: np.ndarray) -> np.ndarray | None:
-        """The whole photograph's edges, where the source is of whole photographs."""
+        """The whole photograph's edges as 0 and 1, where the source is of whole photographs."""
         if self.edge_source == "live":
             return canny_edges(photo, sigma)
         if self.edge_source != "full":
@@ -216,6 +224,24 @@ class Stream:
                     f"{len(self.bad)} samples cannot be read, more than data.max_bad allows: {listed}{more}; "
                     "`inpaint data check` lists all, and makes them again with --repair"
                 )
+
+
+def _draws(seed: int, places: Sequence[Place]) -> list[list[int]]:
+    """Four numbers of 64 bits a sample, for its top, left, flip and sigma: SplitMix64 of (seed, epoch, number), all at
+    once, as making a generator for each costs more than all else but decoding."""
+    state: np.ndarray = np.full(len(places), seed, np.uint64)
+    for part in ([place.epoch for place in places], [place.number for place in places]):
+        state = _mix(state + _STEP) ^ np.array(part, np.int64).view(np.uint64)
+    return _mix(state[:, None] + _STEP * np.arange(1, 5, dtype=np.uint64)).tolist()
+
+
+_STEP = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 def _entries(manifest: Mapping[str, Any], split: str, uri: str) -> list[dict[str, Any]]:

@@ -1,4 +1,5 @@
-"""canny_edges beside skimage.feature.canny on one thread, and how well they agree. `make bench` prints the table."""
+"""canny_edges beside skimage.feature.canny on one thread, and how well they agree; from tar to tar; and stored edge maps
+beside edges made anew. `make bench` prints the tables."""
 
 from __future__ import annotations
 
@@ -8,11 +9,15 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 import pytest
+from photographs import Crops
 from skimage.color import rgb2gray
 from skimage.feature import canny
 
-from data_prep.canny import canny_edges
-from data_prep.sources import BundledSource, bundled_photo
+from data_prep.canny import canny_edges, decode_edges, encode_edges, write_edge_shard
+from data_prep.shards import ShardOptions, assemble, decode_sample, prepare, write_slice
+from data_prep.sources import BundledSource, bundled_photo, decode_photo
+from data_prep.storage import open_storage
+from data_prep.tars import read_index, write_tar
 
 SIGMAS = (0.5, 1, 2, 3, 5)
 
@@ -54,3 +59,62 @@ def test_canny_against_skimage(capsys):
     with capsys.disabled():
         print("\nCanny, one thread, 256 px\nsigma   ours ms skimage ms   ratio  least F1", *rows, sep="\n")
     assert np.exp(np.mean(np.log(ratios))) >= 3
+
+
+@pytest.mark.benchmark
+def test_edges_from_tar_to_tar_against_skimage(tmp_path, capsys):
+    """The same pipeline (read, decode, Canny, encode, write) with skimage's grey and Canny in ours's place."""
+    cv2.setNumThreads(1)
+    shards, source = open_storage(tmp_path / "shards"), Crops(128)
+    options = ShardOptions(size=256, val=0, test=0)
+    part = write_slice(source, source.names(), 0, shards, options)
+    (entry,) = assemble([part], options, source.uri, shards)["shards"]
+    index = read_index(shards, entry["name"])
+    places = list(zip(index["keys"], index["offsets"], index["sizes"], strict=True))
+
+    def ours(sigma):
+        out = open_storage(tmp_path / "ours")
+        out.delete_tree("edges")
+        write_edge_shard(shards, entry, {sigma: out.sub("edges")})
+
+    def theirs(sigma):
+        tar = shards.read(entry["name"])
+        lines = (
+            (f"{key}.png", encode_edges(canny(rgb2gray(decode_sample(tar[at : at + size])), sigma=sigma)))
+            for key, at, size in places
+        )
+        write_tar(open_storage(tmp_path / "theirs"), entry["name"], lines)
+
+    def seconds(call, sigma):
+        found = []
+        for _ in range(4):
+            start = time.perf_counter()
+            call(sigma)
+            found.append(time.perf_counter() - start)
+        return min(found)
+
+    rows = [(sigma, seconds(ours, sigma), seconds(theirs, sigma)) for sigma in SIGMAS]
+    with capsys.disabled():
+        print("\nEdges, tar to tar, one core, 256 px\nsigma   ours/s skimage/s  ratio")
+        print(*(f"{s:5g} {128 / a:8.0f} {128 / b:9.0f} {b / a:6.2f}" for s, a, b in rows), sep="\n")
+    assert np.exp(np.mean([np.log(b / a) for _, a, b in rows])) >= 2.5
+
+
+@pytest.mark.benchmark
+def test_stored_edges_against_canny(capsys):
+    cv2.setNumThreads(1)
+    source, rows = Crops(56), []
+    photos = [
+        prepare(decode_photo(source.read(n)), ShardOptions(size=256))[:256, :256] for n in source.names()
+    ]
+    for sigma in SIGMAS:
+        stored = [encode_edges(canny_edges(photo, sigma)) for photo in photos]
+        made = best(canny_edges, photos, sigma)
+        read = best(lambda data, sigma: decode_edges(data), stored, sigma)
+        rows.append((sigma, np.mean([len(data) for data in stored]), read, made))
+    with capsys.disabled():
+        print("\nStored edge maps at 256 px\nsigma   bytes  decode ms  Canny ms  ratio")
+        print(
+            *(f"{s:5g} {n:7.0f} {a * 1e3:10.3f} {b * 1e3:9.3f} {b / a:6.1f}" for s, n, a, b in rows), sep="\n"
+        )
+    assert min(made / read for _, _, read, made in rows) >= 5

@@ -235,7 +235,7 @@ def test_leaving_the_loop_stops_the_threads(shards):
 def test_only_a_few_batches_are_made_ahead(shards, monkeypatch):
     made = []
     begin = Stream._begin
-    monkeypatch.setattr(Stream, "_begin", lambda self, step: made.append(step) or begin(self, step))
+    monkeypatch.setattr(Stream, "_begin", lambda self: made.append(self) or begin(self))
     batches = make(shards).batches(0, 100)
     next(batches)
     assert len(made) <= stream_module.AHEAD + 1
