@@ -1,12 +1,16 @@
 """S3 buckets as a Storage, by boto3 and the usual AWS variables (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...).
 
-Retries and timeouts are bounded. No credential ever enters a message.
+Retries and timeouts are bounded: what passes (no answer, 5xx, SlowDown, a cut answer) is tried for a minute once the
+server has answered this process, and briefly before, so that a wrong address is told at once. INPAINT_S3_PATIENCE, in
+seconds, overrides both. No credential ever enters a message.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import random
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,12 +27,15 @@ from botocore.exceptions import (
     ClientError,
     ConnectionError,
     HTTPClientError,
+    IncompleteReadError,
     NoCredentialsError,
     PartialCredentialsError,
 )
 
 from data_prep.storage import TEMPORARY, DeniedKey, MissingKey, Storage, StorageError, Tagged, check_key
 
+PATIENCE, BRIEF = 60.0, 5.0  # seconds for which a server is tried that has answered before, or never
+PAUSE = 0.5, 8.0  # seconds between two tries at first and at most
 SETTLE = 1.0  # seconds: how long a claim must stand on a server without conditional writes
 
 _MENDS = {
@@ -40,6 +47,15 @@ _MENDS = {
     "ExpiredToken": "the session token has expired; fetch new credentials",
     "RequestTimeTooSkewed": "this machine's clock is wrong; set it",
 }
+_PASSING = {
+    "SlowDown",
+    "InternalError",
+    "ServiceUnavailable",
+    "RequestTimeout",
+    "Throttling",
+    "ThrottlingException",
+}
+_NO_ANSWER = (ConnectionError, HTTPClientError, IncompleteReadError, boto3.exceptions.RetriesExceededError)
 _Result = TypeVar("_Result")
 
 
@@ -116,14 +132,18 @@ class Bucket(Storage):
         return None if answer is None else answer["ContentLength"]
 
     def list(self, prefix: str = "") -> Iterator[tuple[str, int]]:
-        start = self.prefix + (f"{check_key(prefix)}/" if prefix else "")
-        pages = _client().get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=start)
-        with self._named("list", prefix or "the objects"):
-            for page in pages:
-                for entry in page.get("Contents", ()):
-                    key = entry["Key"][len(self.prefix) :]
-                    if not key.endswith("/") and not key.rpartition("/")[2].startswith(TEMPORARY):
-                        yield key, entry["Size"]
+        asked = {"Bucket": self.bucket, "Prefix": self.prefix + (f"{check_key(prefix)}/" if prefix else "")}
+        while True:
+            page = self._do(
+                "list", prefix or "the objects", functools.partial(_client().list_objects_v2, **asked)
+            )
+            for entry in page.get("Contents", ()):
+                key = entry["Key"][len(self.prefix) :]
+                if not key.endswith("/") and not key.rpartition("/")[2].startswith(TEMPORARY):
+                    yield key, entry["Size"]
+            if not page.get("IsTruncated"):
+                return
+            asked = {**asked, "ContinuationToken": page["NextContinuationToken"]}
 
     def delete(self, key: str) -> None:
         self._do("delete", key, lambda: _client().delete_object(Bucket=self.bucket, Key=self._full(key)))
@@ -162,12 +182,17 @@ class Bucket(Storage):
         )
 
     def _put_when(self, key: str, data: bytes, **condition: str) -> bool:
-        """One conditional PUT; False when the server says that the condition does not hold."""
+        """One conditional PUT; False when the server says that the condition does not hold.
+
+        An answer may be lost on its way and the request sent again: then the condition fails by our own object, which
+        its token tells.
+        """
+        token = uuid.uuid4().hex
         try:
-            self._put(key, data, **condition)
+            self._put(key, data, Metadata={"claim": token}, **condition)
         except StorageError as error:
             if isinstance(error.__cause__, ClientError) and _status(error.__cause__) in (404, 409, 412):
-                return False
+                return self._claimed(key, token)
             raise
         return True
 
@@ -176,12 +201,15 @@ class Bucket(Storage):
         token = uuid.uuid4().hex
         self._put(key, data, Metadata={"claim": token})
         time.sleep(SETTLE)
+        return self._claimed(key, token)
+
+    def _claimed(self, key: str, token: str) -> bool:
         answer = self._head(key)
         return answer is not None and answer["Metadata"].get("claim") == token
 
     def _do(self, what: str, key: str, call: Callable[[], _Result]) -> _Result:
         with self._named(what, key):
-            return call()
+            return _patiently(call, self.uri)
 
     @contextmanager
     def _named(self, what: str, key: str) -> Iterator[None]:
@@ -208,6 +236,46 @@ class Bucket(Storage):
             raise StorageError(f"{start}: {first}") from cause
 
 
+def _patiently(call: Callable[[], _Result], uri: str) -> _Result:
+    """The call's result; what fails in passing is tried again, with growing pauses."""
+    began, pause, told = time.monotonic(), PAUSE[0], False
+    while True:
+        try:
+            result = call()
+        except Exception as error:
+            left = began + _patience() - time.monotonic()
+            if not _passes(error) or left <= 0:
+                raise
+            if not told and time.monotonic() - began > 5:
+                told = True
+                print(f"{uri} does not answer; trying for another {left:.0f} s", file=sys.stderr, flush=True)
+            time.sleep(min(left, pause * random.uniform(0.5, 1)))
+            pause = min(2 * pause, PAUSE[1])
+        else:
+            _answered.add(_endpoint())
+            return result
+
+
+_answered: set[str | None] = set()
+
+
+def _patience() -> float:
+    given = os.environ.get("INPAINT_S3_PATIENCE")
+    return float(given) if given else PATIENCE if _endpoint() in _answered else BRIEF
+
+
+def _passes(error: BaseException | None) -> bool:
+    """Whether waiting may help: nobody answered, or the server had troubles of its own."""
+    while error is not None:
+        if isinstance(error, ClientError):
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            return code in _PASSING or _status(error) >= 500
+        if isinstance(error, _NO_ANSWER):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def _endpoint() -> str | None:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
 
@@ -222,7 +290,7 @@ def _client_for(process: int, endpoint: str | None, user: str | None) -> Any:
     config = Config(
         connect_timeout=5,
         read_timeout=60,
-        retries={"mode": "standard", "total_max_attempts": 4},
+        retries={"mode": "standard", "total_max_attempts": 2},
         max_pool_connections=32,
         s3={"addressing_style": "path" if endpoint else "auto"},  # other servers seldom resolve bucket.host
         request_checksum_calculation="when_required",  # nor know the newest checksums

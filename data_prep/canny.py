@@ -187,7 +187,9 @@ def encode_edges(edges: np.ndarray) -> bytes:
     rows = np.zeros((height, 1 + (width + 7) // 8), np.uint8)
     rows[:, 1:] = np.packbits(edges, axis=1)
     header = struct.pack(">II", width, height) + _PLAIN
-    deflate = zlib.compressobj(5, zlib.DEFLATED, 15, 9, zlib.Z_FILTERED)  # 9 takes ten times as long for one per cent
+    deflate = zlib.compressobj(
+        5, zlib.DEFLATED, 15, 9, zlib.Z_FILTERED
+    )  # 9 takes ten times as long for one per cent
     body = deflate.compress(rows.tobytes()) + deflate.flush()
     return _PNG + _chunk(b"IHDR", header) + _chunk(b"IDAT", body) + _chunk(b"IEND", b"")
 

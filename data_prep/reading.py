@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import Lock
 from typing import Any, NamedTuple
 
+from data_prep.cache import ShardCache, local_path
 from data_prep.storage import MissingKey, Storage, StorageError
 from data_prep.tars import read_index
 
@@ -35,10 +36,16 @@ class _Shard(NamedTuple):
 
 
 class Tars:
-    """The tars that `entries` of a manifest name in a storage. Safe to use from several threads."""
+    """The tars that `entries` of a manifest name in a storage. Safe to use from several threads.
 
-    def __init__(self, storage: Storage, entries: Sequence[Mapping[str, Any]]) -> None:
+    Those of a bucket are read from `cache`, or where there is none, with a request a sample.
+    """
+
+    def __init__(
+        self, storage: Storage, entries: Sequence[Mapping[str, Any]], cache: ShardCache | None = None
+    ) -> None:
         self.storage, self.entries = storage, entries
+        self.cache = cache if storage.path() is None else None
         self._shards: dict[int, _Shard] = {}
         self._lock = Lock()
         self._lost: dict[int, tuple[float, str]] = {}
@@ -70,6 +77,8 @@ class Tars:
                 if zlib.crc32(data) == found.sums[row]:
                     return found.keys[row], data
                 reason = "its bytes are not those that were written (CRC-32)"
+                if self.cache:
+                    self.cache.drop(self.entries[shard])
             except (StorageError, ValueError, IndexError) as error:
                 reason = str(error)
             with self._lock:
@@ -93,8 +102,15 @@ class Tars:
                     self._shards.pop(next(iter(self._shards)))
             return found
 
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Have these tars in the cache soon."""
+        if self.cache:
+            self.cache.prefetch(self.storage, [self.entries[shard] for shard in shards])
+
     def _open(self, entry: Mapping[str, Any]) -> Read:
         path = self.storage.path(entry["name"])
+        if self.cache:
+            path = local_path(self.cache, self.storage, entry)
         if path is not None:
             try:
                 return _LocalFile(str(path)).read

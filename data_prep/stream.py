@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
 import cv2
 import numpy as np
 
+from data_prep.cache import ShardCache
 from data_prep.canny import canny_edges, decode_edges, load_edges
 from data_prep.masks import open_masks
 from data_prep.order import Order, Place
@@ -43,8 +43,8 @@ class Stream:
     A sample's crop (of `size` pixels), flip, sigma and mask are drawn from (seed, epoch, its number in the split) alone.
     `masks` is what `open_masks` takes. Edges: "full" reads the side tars `edges[sigma]` of a sigma
     drawn from `sigmas`; "live" computes the same from the stored photograph; "masked" runs Canny on the crop with the
-    hole masked out; "none" gives none. With `cache_dir` the tars of a bucket are downloaded there once; without it each
-    sample is one ranged read.
+    hole masked out; "none" gives none. The tars of a bucket are read from `cache`, into which
+    those of the next window are fetched ahead; without it each sample is one ranged read.
 
     A sample that cannot be read or decoded, after some tries, is named in `bad`, and the next one of its shard stands
     in for it: the same one whoever reads. More than `max_bad` of them raise TooManyBad.
@@ -69,7 +69,7 @@ class Stream:
         edge_source: Literal["full", "live", "masked", "none"] = "none",
         sigmas: Sequence[float] = (2.0,),
         threads: int = 1,
-        cache_dir: Path | None = None,
+        cache: ShardCache | None = None,
         max_bad: int = 0,
     ) -> None:
         if streams < 1 or batch < 1 or batch % streams:
@@ -90,7 +90,7 @@ class Stream:
             size, size, np.random.default_rng(0)
         )  # what is made once a process is made here
         self.mask = first if self.masks.constant else None
-        self.photos = Tars(shards, entries)
+        self.photos = Tars(shards, entries, cache)
         self.decode = sample_decoder(manifest)
         self.max_bad, self.bad, self._lock = max_bad, dict[str, str](), Lock()
         self.edge_maps: dict[float, Tars] = {}
@@ -101,7 +101,8 @@ class Stream:
         for sigma in self.sigmas if edge_source == "full" else ():
             if sigma not in (edges or {}):
                 raise ValueError(f"edges.sigma: no edge maps of sigma {sigma:g} were given; make them first")
-            self.edge_maps[sigma] = Tars(*_edge_entries((edges or {})[sigma], entries, manifest))
+            self.edge_maps[sigma] = Tars(*_edge_entries((edges or {})[sigma], entries, manifest), cache)
+        self._fetched: dict[int, list[int]] = {}
 
     def batch(self, step: int) -> Batch:
         """This rank's part of global batch `step` (0, 1, ...).
@@ -145,12 +146,26 @@ class Stream:
 
     def _fill(self, batch: Batch, step: int, numbers: range) -> None:
         """Make these samples of this rank's part of global batch `step`."""
+        if self.photos.cache:
+            self._fetch_ahead(step)
         points = [(self.part[number], number) for number in numbers]
         places = [self.order.at(n // self.each, step * self.each + n % self.each) for n, _ in points]
         for (_, number), place, drawn in zip(points, places, _draws(self.seed, places), strict=True):
             while not self._make(batch, number, place, drawn):
                 place = self.order.following(place)
                 (drawn,) = _draws(self.seed, [place])
+
+    def _fetch_ahead(self, step: int) -> None:
+        """The tars of the windows that these lines come to next."""
+        for line in sorted({number // self.each for number in self.part}):
+            position = step * self.each
+            coming = self.order.shards_near(line, position) + self.order.shards_near(
+                line, position + self.order.window
+            )
+            if coming != self._fetched.get(line):
+                self._fetched[line] = coming
+                for tars in (self.photos, *self.edge_maps.values()):
+                    tars.prefetch(coming)
 
     def _make(self, batch: Batch, number: int, place: Place, drawn: list[int]) -> bool:
         """Make one sample in its place of the batch; False when it cannot be read."""
@@ -272,9 +287,7 @@ def _check_size(manifest: Mapping[str, Any], size: int, uri: str) -> None:
         )
 
 
-def read_split(
-    shards: Storage, split: str, size: int, cache_dir: Path | None = None
-) -> Iterator[tuple[str, np.ndarray]]:
+def read_split(shards: Storage, split: str, size: int) -> Iterator[tuple[str, np.ndarray]]:
     """(key, centre crop uint8 [size,size,3]) of every photograph of a split, in the manifest's order."""
     manifest = load_manifest(shards)
     entries = _entries(manifest, split, shards.uri)

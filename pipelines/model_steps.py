@@ -45,7 +45,7 @@ def train(ctx: StepContext, client: MlflowClient | None, run: str) -> Value:
         edges={value["sigma"]: value["edges"] for value in ctx.inputs.values() if "edges" in value},
         data={key: config[key] for key in ("size", "flip", "streams")}
         | {
-            "threads": ctx.local["threads"],
+            **{name: ctx.local[name] for name in ("threads", "cache_gb", "cache_dir")},
             "max_bad": int(ctx.local["max_bad"] * ctx.inputs["shard"]["splits"]["train"]),
             "torch_threads": max(1, int(ctx.local["scaling"]["cpus_per_worker"])),
         },

@@ -58,6 +58,10 @@ class Data(Section):
         2, description="ranges an epoch is cut into; as a multiple of the workers, each reads its own shards"
     )
     threads: Positive = Field(1, description="decoding threads of a training worker")
+    cache_gb: Annotated[float, Field(ge=0)] = Field(
+        20, description="gigabytes of a machine's disk for a bucket's tars; 0: each photograph is one request"
+    )
+    cache_dir: str | None = Field(None, description="where they lie; none = the system's temporary folder")
     max_bad: Annotated[float, Field(ge=0, le=1)] = Field(
         0.001, description="share of the shards' samples that may turn out unreadable before a training stops"
     )

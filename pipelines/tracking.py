@@ -83,6 +83,7 @@ class Tracking:
 def be_patient() -> None:
     """Have this process wait minutes for a server that is away: work of hours must not be lost to a restart."""
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "7"
+    os.environ.setdefault("INPAINT_S3_PATIENCE", "60")
 
 
 def tracking_for(uri: str | None, experiment: str, storage: str) -> Tracking:

@@ -19,6 +19,7 @@ import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from data_prep.cache import ShardCache
 from data_prep.storage import Storage
 from data_prep.stream import Stream
 from models import build_model
@@ -75,8 +76,17 @@ def make_stream(job: TrainJob, rank: int, world: int) -> Stream:
         edge_source=job.edge_source,  # type: ignore[arg-type]
         sigmas=job.sigmas,
         threads=job.data["threads"],
+        cache=make_cache(job),
         max_bad=job.data["max_bad"],
     )
+
+
+def make_cache(job: TrainJob) -> ShardCache | None:
+    """One for all workers and runs of a machine."""
+    if not job.data["cache_gb"] or job.storage.path() is not None:
+        return None
+    folder = Path(job.data["cache_dir"] or f"{tempfile.gettempdir()}/inpaint-shards-{os.getuid()}")
+    return ShardCache(folder, int(job.data["cache_gb"] * 1e9))
 
 
 def make_bookkeeper(job: TrainJob, learner: Learner, journal: list[Point]) -> Bookkeeper:

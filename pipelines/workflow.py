@@ -136,7 +136,10 @@ def train_step(recipe: Recipe, key: str, sigmas: tuple[float, ...]) -> Step:
         Later("model_steps", "train"),
         config,
         needs,
-        local={"keep": train.keep, "threads": recipe.data.threads, "max_bad": recipe.data.max_bad},
+        local={
+            "keep": train.keep,
+            **{name: getattr(recipe.data, name) for name in ("threads", "max_bad", "cache_gb", "cache_dir")},
+        },
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import Counter
 from itertools import islice
 
@@ -14,6 +15,7 @@ from skimage.feature import canny
 
 from data_prep import reading
 from data_prep import stream as stream_module
+from data_prep.cache import ShardCache
 from data_prep.canny import assemble_edges, canny_edges, write_edge_shard
 from data_prep.shards import ShardOptions, assemble, load_manifest, read_index, write_slice
 from data_prep.sources import open_source
@@ -205,20 +207,44 @@ def test_adding_edges_changes_neither_photographs_nor_masks(shards, edges):
         assert np.array_equal(a["mask"], b["mask"])
 
 
-def test_a_bucket_with_and_without_a_cache(shards, s3, tmp_path):
+def test_a_bucket_with_and_without_a_cache(shards, edges, s3, tmp_path, monkeypatch):
+    bucket, edge_bucket = open_storage(f"{s3}/shards"), open_storage(f"{s3}/edges")
+    for source, target in ((shards, bucket), (edges[1.0], edge_bucket)):
+        for key, _ in source.list():
+            target.upload(source.path(key), key)
+    options = {"edge_source": "full", "sigmas": (1.0,)}
+    expected = make(shards, edges=edges, **options)
+    caches = [None, ShardCache(tmp_path / "large", 10**9), ShardCache(tmp_path / "small", 40_000)]
+    for cache in caches:  # the small one holds two of the photographs' tars
+        stream = make(bucket, edges={1.0: edge_bucket}, cache=cache, **options)
+        assert all(equal(stream.batch(step), expected.batch(step)) for step in range(9))
+    sums = {entry["sha256"] for entry in load_manifest(shards)["shards"]}
+    cached = sorted((tmp_path / "large").glob("*.tar"))
+    assert sums & {path.stem for path in cached} == sums - _sums(shards, "val")
+    monkeypatch.setattr(reading, "PAUSES", (0.0, 0.0))
+    for path in cached:
+        path.write_bytes(bytes(path.stat().st_size))  # what a failing disk may leave
+    repaired = make(bucket, edges={1.0: edge_bucket}, cache=caches[1], **options)
+    assert all(equal(repaired.batch(step), expected.batch(step)) for step in range(6))
+    assert not repaired.bad
+
+
+def _sums(shards, split):
+    return {entry["sha256"] for entry in load_manifest(shards)["shards"] if entry["split"] == split}
+
+
+def test_tars_are_fetched_before_their_window(shards, s3, tmp_path):
     bucket = open_storage(f"{s3}/shards")
     for key, _ in shards.list():
         bucket.upload(shards.path(key), key)
-    expected = make(shards)
-    for cache in (None, tmp_path / "cache"):
-        stream = make(bucket, cache_dir=cache)
-        assert all(equal(stream.batch(step), expected.batch(step)) for step in range(3))
-    tars = {path.name for path in (tmp_path / "cache").iterdir()}
-    assert tars <= {f"{entry['sha256']}.tar" for entry in load_manifest(shards)["shards"]}
-    assert tars
-    (tmp_path / "cache" / min(tars)).write_bytes(b"cut")  # what a full disk or a copy by hand may leave
-    repaired = make(bucket, cache_dir=tmp_path / "cache")
-    assert all(equal(repaired.batch(step), expected.batch(step)) for step in range(6))
+    cache = ShardCache(tmp_path, 10**9)
+    stream = make(bucket, batch=1, streams=1, cache=cache)
+    stream.batch(0)
+    deadline = time.monotonic() + 30
+    while {path.stem for path in tmp_path.glob("*.tar")} != _sums(shards, "train"):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    cache.close()
 
 
 def test_leaving_the_loop_stops_the_threads(shards):
