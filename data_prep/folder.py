@@ -18,6 +18,8 @@ from typing import IO
 
 from data_prep.storage import TEMPORARY, DeniedKey, MissingKey, Storage, StorageError, Tagged, check_key
 
+ABANDONED = 600.0  # seconds after its last byte: nobody writes this file any more
+
 
 @dataclass(frozen=True)
 class Folder(Storage):
@@ -131,6 +133,14 @@ class Folder(Storage):
     def delete_tree(self, prefix: str) -> None:
         with self._named(prefix, "delete"), suppress(FileNotFoundError):
             shutil.rmtree(self._file(prefix))
+
+    def tidy(self) -> None:
+        for folder, _, names in os.walk(self.uri):
+            for name in (name for name in names if name.startswith(TEMPORARY)):
+                with suppress(FileNotFoundError):
+                    path = os.path.join(folder, name)
+                    if time.time() - os.stat(path).st_mtime > ABANDONED:
+                        os.unlink(path)
 
     def sub(self, prefix: str) -> Folder:
         return Folder(str(self._file(prefix)))

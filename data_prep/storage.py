@@ -135,6 +135,9 @@ class Storage(ABC):
         for key, _ in self.list(check_key(prefix)):
             self.delete(key)
 
+    def tidy(self) -> None:  # noqa: B027
+        """Remove what killed writers left unpublished; a bucket has none of it."""
+
     def path(self, key: str = "") -> Path | None:
         """The local path of a key; None in a bucket."""
         return None

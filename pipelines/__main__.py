@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+from pipelines.data_commands import add_data
 from pipelines.model_commands import add_models
 
 MODEL = "models:/NAME@ALIAS, models:/NAME/VERSION or a checkpoint folder"
@@ -140,6 +141,8 @@ def parser() -> argparse.ArgumentParser:
     edges.add_argument(
         "--sigma", metavar="S", type=float, nargs="+", required=True, help="Canny's sigma, in pixels"
     )
+
+    add_data(add)
 
     evaluate = add(
         "evaluate",

@@ -8,6 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.data_commands import data as data
+from pipelines.data_commands import masks as masks
 from pipelines.model_commands import models as models
 from pipelines.model_text import table
 from pipelines.reading import check_recipe, load_recipe

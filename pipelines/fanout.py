@@ -9,9 +9,11 @@ from typing import Any
 import ray
 
 from data_prep.canny import assemble_edges, write_edge_shard
+from data_prep.checking import Finding
 from data_prep.shards import ShardOptions, assemble, load_manifest, make_slice, plan, sample_decoder
 from data_prep.sources import Source, open_source
 from data_prep.storage import Storage
+from pipelines.looking import Check, repeated
 
 Progress = Callable[..., None]  # (done, total, note)
 Job = tuple[Callable[[], ray.ObjectRef], int]
@@ -37,6 +39,7 @@ def shard_photographs(
     as soon as more than the share `max_rejects` of the files is unusable.
     """
     source = open_source(uri, options.size, root)
+    out.tidy()
     slices, parts = plan(source, out, options, length)
     total = sum(len(piece.names) for piece in slices)
     todo = [piece for piece in slices if piece.number not in parts]
@@ -68,6 +71,21 @@ def make_edges(shards: Storage, outs: Mapping[float, Storage], progress: Progres
     made = dict(_run(jobs, sum(entry["count"] for entry in entries), progress, "edge maps"))
     for sigma, out in outs.items():
         assemble_edges([made[n][sigma] for n in range(len(entries))], sigma, manifest["digest"], out)
+
+
+def check_shards(check: Check, progress: Progress) -> list[Finding]:
+    """What is wrong with a folder of shards, a tar a task; in the manifest's order."""
+    entries = check.manifest["shards"]
+    shared = ray.put(check)
+    jobs = [(lambda entry=entry: _check_tar.remote(shared, entry), entry["count"]) for entry in entries]
+    found = dict(_run(jobs, sum(entry["count"] for entry in entries), progress, "photographs"))
+    findings = [finding for number in range(len(entries)) for finding in found[number][0]]
+    return findings + repeated([(entry["name"], found[n][1]) for n, entry in enumerate(entries)])
+
+
+@ray.remote(num_cpus=1)
+def _check_tar(check: Check, entry: dict[str, Any]) -> tuple[list[Finding], list[str]]:
+    return check.tar(entry)
 
 
 @ray.remote(num_cpus=1)

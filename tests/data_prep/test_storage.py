@@ -268,6 +268,17 @@ def test_a_killed_writer_leaves_a_whole_object(tmp_path):
     assert [key for key, _ in open_storage(tmp_path).list()] == ["object"]
 
 
+def test_what_killed_writers_left_is_tidied(tmp_path, monkeypatch):
+    storage = open_storage(tmp_path)
+    storage.write("sub/kept", b"1")
+    (tmp_path / "sub" / ".tmp-left").write_bytes(b"2")
+    storage.tidy()
+    assert (tmp_path / "sub" / ".tmp-left").exists()  # somebody may be at it
+    monkeypatch.setattr(folder_module, "ABANDONED", -1.0)
+    storage.tidy()
+    assert [path.name for path in (tmp_path / "sub").iterdir()] == ["kept"]
+
+
 def test_uris_that_are_no_storage():
     with pytest.raises(ValueError, match="gs://"):
         open_storage("gs://bucket")
