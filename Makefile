@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench validate-infra clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -30,6 +30,14 @@ lint: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python -m pytest -m benchmark tests -s
+
+# CRDS: a folder with KubeRay's published CRDs (helm pull kuberay/kuberay-operator --untar brings them)
+validate-infra: $(READY)
+	@test -n "$(CRDS)" || { echo "name the folder of KubeRay's CRDs: make validate-infra CRDS=FOLDER"; exit 2; }
+	@$(BIN)/python infra/validate.py $(CRDS)
+	@if docker compose version > /dev/null 2>&1; then \
+	  docker compose --env-file tests/infra/filled.env -f infra/compose.yaml config --quiet && echo "the compose file is valid"; \
+	else echo "docker compose is not here: the compose file was not validated"; fi
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .mypy_cache .ruff_cache

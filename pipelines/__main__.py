@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from pipelines.data_commands import add_data
 from pipelines.model_commands import add_models
+from pipelines.service_commands import add_services
 
 MODEL = "models:/NAME@ALIAS, models:/NAME/VERSION or a checkpoint folder"
 RECIPE = "name of a shipped recipe, or a YAML file"
@@ -86,7 +87,14 @@ def parser() -> argparse.ArgumentParser:
         "run the whole chain: shard, edges, train, evaluate, register",
         "run demo --set data.source=photos",
     )
-    add_recipe("plan", "show which steps a run would take, and why", "plan demo")
+    plan = add_recipe(
+        "plan",
+        "show which steps a run would take, and why; or what it takes in machines",
+        "plan edge_connect --size 8000000",
+    )
+    plan.add_argument(
+        "--size", metavar="PHOTOGRAPHS", type=int, help="estimate shards, storage and GPU hours for so many"
+    )
     add_recipe(
         "status", "show how far a run is, from its storage alone", "status demo --storage s3://bucket/runs"
     )
@@ -231,6 +239,7 @@ def parser() -> argparse.ArgumentParser:
     bring.add_argument("--tracking", help="MLflow's address")
 
     add_models(add)
+    add_services(add)
     return top
 
 

@@ -14,6 +14,7 @@ from pipelines.model_commands import models as models
 from pipelines.model_text import table
 from pipelines.reading import check_recipe, load_recipe
 from pipelines.recipe import Recipe
+from pipelines.service_commands import services as services
 
 if TYPE_CHECKING:
     from pipelines.durable import Workflow
@@ -29,6 +30,11 @@ def train(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> int:
+    if args.size:
+        from pipelines.sizing import lines
+
+        print("\n".join(lines(_recipe(args), args.size)))
+        return 0
     workflow = _workflow(args)
     rows = [[s.name, s.state, _seconds(s.seconds), s.why] for s in workflow.plan()]
     _print_table(["step", "state", "seconds", "why"], rows)
