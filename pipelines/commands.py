@@ -15,6 +15,7 @@ from pipelines.model_text import table
 from pipelines.reading import check_recipe, load_recipe
 from pipelines.recipe import Recipe
 from pipelines.service_commands import services as services
+from pipelines.service_commands import submit as submit
 
 if TYPE_CHECKING:
     from pipelines.durable import Workflow

@@ -1,4 +1,4 @@
-"""`inpaint services ...`: the arguments, and what is done with them."""
+"""`inpaint services ...` and `inpaint submit`: the arguments, and what is done with them."""
 
 from __future__ import annotations
 
@@ -40,6 +40,37 @@ def add_services(add: Callable[..., argparse.ArgumentParser]) -> None:
     mlflow.add_argument(
         "--allowed-hosts", metavar="HOST:PORT,...", help="names it may be reached by (default: MLflow's)"
     )
+
+
+def add_submit(add_recipe: Callable[..., argparse.ArgumentParser]) -> None:
+    """The parser of `submit`; add_recipe(name, text, example) makes a command that takes a recipe."""
+    submit = add_recipe(
+        "submit",
+        "run a recipe on a cluster as a Ray job, and follow it; credentials are the cluster's, none travel",
+        "submit edge_connect --address http://localhost:8265 --storage s3://bucket/runs",
+    )
+    submit.add_argument(
+        "--address", metavar="URL", required=True, help="the cluster's dashboard, http://HEAD:8265"
+    )
+    submit.add_argument("--no-wait", action="store_true", help="print the job's id instead of following it")
+    submit.add_argument("--attach", metavar="ID", help="follow this job instead of submitting one")
+
+
+def submit(args: argparse.Namespace) -> int:
+    from pipelines.reading import check_recipe, load_recipe
+    from pipelines.submitting import SubmitError, follow, how_to_attach
+    from pipelines.submitting import submit as submit_recipe
+
+    if args.attach:
+        return follow(args.address, args.attach)
+    if args.recipe is None:
+        raise SubmitError("name a recipe to submit, or --attach ID to follow a job")
+    named = [f"{key}={getattr(args, key)}" for key in ("storage", "tracking") if getattr(args, key)]
+    recipe = load_recipe(args.recipe, [*args.set, *named])
+    check_recipe(recipe)
+    job = submit_recipe(recipe, args.address)
+    print(f"submitted {job}\n{how_to_attach(args.address, job)}", flush=True)
+    return 0 if args.no_wait else follow(args.address, job)
 
 
 def services(args: argparse.Namespace) -> int:
