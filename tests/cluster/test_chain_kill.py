@@ -75,7 +75,7 @@ def check_traces(run: Run) -> None:
     versions = run.rows("select name, count(*) from model_versions group by name")
     assert sorted(versions) == [(name, 1) for name in sorted(run.recipe["models"])]
     assert run.leftovers() == []
-    for path in run.storage.glob("work/*/a*/*.tar"):
+    for path in run.storage.glob("work/*/stable/*.tar"):
         with tarfile.open(path) as tar:
             assert tar.getnames()
     steps = run.rows("select value, count(*) from tags where key = 'inpaint.key' group by value")
@@ -86,7 +86,7 @@ def check_traces(run: Run) -> None:
 
 def test_run_again_everything_is_found_finished_without_ray(finished: Finished) -> None:
     run = finished.run
-    (manifest,) = run.storage.glob("work/*-shard/a*/manifest.json")
+    (manifest,) = run.storage.glob("work/*-shard/stable/manifest.json")
     rejects = {reject["name"]: reject["reason"] for reject in json.loads(manifest.read_text())["rejects"]}
     assert set(rejects) == {"truncated.png", "empty.jpg", "notes.txt", "dot.png"}
     before, points = run.manifests(), run.rows("select count(*) from metrics")

@@ -29,7 +29,7 @@ def on_a_disk_of(size: str, folder: Path, *arguments: str) -> list[str]:
 @pytest.mark.parametrize(
     ("size", "arguments", "culprit"),
     [
-        ("400k", ("shard", "bundled", "{}/shards", "--size", "64"), "train-00000.tar"),
+        ("400k", ("shard", "bundled", "{}/shards", "--size", "64"), "-00000.tar"),
         ("400k", ("run", "demo", "--storage", "{}"), "mlflow.db"),
         ("3m", ("run", "demo", "--storage", "{}"), "/disk"),  # in a step: its tars, or MLflow's database
     ],

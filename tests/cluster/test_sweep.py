@@ -68,13 +68,13 @@ def check_runs(run: Run) -> None:
 
 
 def test_a_killed_sweep_goes_on_where_it_was(make_run: Callable[..., Run]) -> None:
-    """Six trials, some of which always fail."""
+    """Four trials, half of which always fail."""
     run = make_sweep(
         make_run,
         "killed",
         {"name": "context_encoder", **ENCODER, "lambda_adv": 0},
         {"train": 40},
-        fields={"model.lambda_rec": [1, 3.0e38, 0.1], "seed": [0, 1]},
+        fields={"model.lambda_rec": [1, 3.0e38], "seed": [0, 1]},
         metrics=["psnr_rgb_hole"],
     )
     run.recipe["evaluate"] = EVALUATE | {"distance": None}
@@ -96,13 +96,13 @@ def test_a_killed_sweep_goes_on_where_it_was(make_run: Callable[..., Run]) -> No
     for path, was in done.items():
         assert run.manifests()[path] == was  # nothing that was finished is done again
     found = result(run)
-    assert [trial.values["model.lambda_rec"] for trial in found.trials] == [1, 3e38, 0.1] * 2
+    assert [trial.values["model.lambda_rec"] for trial in found.trials] == [1, 3e38] * 2
     failed = [trial for trial in found.trials if trial.state == FAILED]
     assert {trial.values["model.lambda_rec"] for trial in failed} == {3e38}
     assert all("not finite" in trial.reason for trial in failed)
     assert "not finite" in run.output
     finished = [trial for trial in found.trials if trial.state == FINISHED]
-    assert len(finished) == 4
+    assert len(finished) == 2
     assert all(trial.steps == 40 and "psnr_rgb_hole" in trial.scores for trial in finished)
     check_runs(run)
     assert run.leftovers() == []

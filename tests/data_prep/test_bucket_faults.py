@@ -43,7 +43,7 @@ def test_what_passes_is_survived(faults, storage, tmp_path, fault):
         lambda: storage.copy("a/2", "b") is None and storage.read("b") == b"two",
         lambda: storage.delete("b") is None and not storage.exists("b"),
     ):
-        faults.few(1 if fault.startswith("stall") else 5, fault)
+        faults.few(1 if fault.startswith("stall") else 3, fault)
         assert call()
 
 
