@@ -61,7 +61,7 @@ def test_two_workers_against_one(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (folder / name).write_bytes(source.read(name))
     seconds = {}
     for workers in (1, 2, 1, 2):
-        with ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False):
+        with ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False):
             warm = open_storage(tmp_path / f"warm-{workers}-{len(seconds)}")
             shard_photographs(str(folder), warm, OPTIONS, 125, lambda *_: None)  # starts the workers
             out = open_storage(tmp_path / f"out-{workers}-{len(seconds)}")
