@@ -6,6 +6,7 @@ the ranks' parts put end to end are the same global batch for any number of rank
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -229,8 +230,10 @@ class Stream:
         return edges
 
     def _note(self, error: BadSample) -> None:
-        """Count it once; TooManyBad when there are too many."""
+        """Count it once, and say so; TooManyBad when there are too many."""
         with self._lock:
+            if error.name not in self.bad:
+                print(f"left out: {error}", file=sys.stderr, flush=True)
             self.bad[error.name] = str(error)
             if len(self.bad) > self.max_bad:
                 listed = "; ".join(list(self.bad.values())[:5])

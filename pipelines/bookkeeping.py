@@ -30,14 +30,19 @@ class Meter:
         for key, value in terms.items():
             self._terms.setdefault(key, []).append(value)
 
-    def means(self, learner: Learner) -> dict[str, float]:
-        """Over the steps since the last call and over the ranks; seconds are this rank's own."""
+    def means(self, learner: Learner, **counts: int) -> dict[str, float]:
+        """Over the steps since the last call and over the ranks; seconds are this rank's own. Counts of the data are
+        summed over the ranks."""
         names = sorted(self._terms)
         values = learner.mean(torch.stack([torch.stack(self._terms[name]).mean() for name in names])).tolist()
         elapsed = time.perf_counter() - self._since
         seconds = {"seconds_per_step": elapsed / self._steps, "data_wait": self._waited / max(elapsed, 1e-9)}
+        totals = (
+            learner.mean(torch.tensor(list(counts.values()), device=learner.device).float()) * learner.world
+        )
+        data = {f"data/{name}": value for name, value in zip(counts, totals.tolist(), strict=True)}
         self.__init__()  # type: ignore[misc]
-        return {f"loss/{name}": value for name, value in zip(names, values, strict=True)} | seconds
+        return {f"loss/{name}": value for name, value in zip(names, values, strict=True)} | data | seconds
 
 
 class Bookkeeper:

@@ -41,14 +41,14 @@ def learn(job: TrainJob) -> None:
     start, journal = restore(job, learner)
     total = job.until or learner.schedule.total
     book = make_bookkeeper(job, learner, journal) if rank == 0 else None
-    meter = Meter()
+    stream, meter = make_stream(job, rank, world), Meter()
 
-    for step, batch in enumerate(make_stream(job, rank, world).batches(start, total), start):
+    for step, batch in enumerate(stream.batches(start, total), start):
         meter.waited()
         meter.add(learner.step(step, batch))
         done = step + 1
         if done % job.train["log_every"] == 0 or done == total:
-            means = meter.means(learner)
+            means = meter.means(learner, bad_samples=len(stream.bad))
             if book:
                 book.note(done, means)
         if done % job.train["checkpoint_every"] == 0 or done == total:
