@@ -18,11 +18,11 @@ from data_prep import folder as folder_module
 from data_prep.storage import BadKey, MissingKey, Storage, StorageError, open_storage
 
 
-@pytest.fixture(params=["folder", "bucket"])
+@pytest.fixture(params=["folder", "s3", "gateway_s3"])
 def storage(request, tmp_path) -> Storage:
     if request.param == "folder":
         return open_storage(tmp_path / "storage")
-    return open_storage(request.getfixturevalue("s3") + "/some/prefix")
+    return open_storage(request.getfixturevalue(request.param) + "/some/prefix")
 
 
 def one_line(error: pytest.ExceptionInfo) -> str:
