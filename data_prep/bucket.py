@@ -36,6 +36,7 @@ from botocore.exceptions import (
 from data_prep.storage import TEMPORARY, DeniedKey, MissingKey, Storage, StorageError, Tagged, check_key
 
 PATIENCE, BRIEF = 60.0, 5.0  # seconds for which a server is tried that has answered before, or never
+SILENCE = 60.0, 8.0  # seconds without a byte after which such a server's answer is given up
 PAUSE = 0.5, 8.0  # seconds between two tries at first and at most
 SETTLE = 1.0  # seconds: how long a claim must stand on a server without conditional writes
 
@@ -247,8 +248,12 @@ def _patiently(call: Callable[[], _Result], uri: str) -> _Result:
         try:
             result = call()
         except Exception as error:
+            if not _passes(error):
+                if isinstance(_decisive(error), ClientError):  # it answers, if only to say no
+                    _answered.add(_endpoint())
+                raise
             left = began + _patience() - time.monotonic()
-            if not _passes(error) or left <= 0:
+            if left <= 0:
                 raise
             if not told and time.monotonic() - began > 5:
                 told = True
@@ -263,21 +268,30 @@ def _patiently(call: Callable[[], _Result], uri: str) -> _Result:
 _answered: set[str | None] = set()
 
 
+def _trusted() -> bool:
+    """Whether the address is known to be right: the server has answered, or whoever started this process says so."""
+    return _endpoint() in _answered or "INPAINT_S3_PATIENCE" in os.environ
+
+
 def _patience() -> float:
     given = os.environ.get("INPAINT_S3_PATIENCE")
-    return float(given) if given else PATIENCE if _endpoint() in _answered else BRIEF
+    return float(given) if given else PATIENCE if _trusted() else BRIEF
 
 
-def _passes(error: BaseException | None) -> bool:
+def _passes(error: BaseException) -> bool:
     """Whether waiting may help: nobody answered, or the server had troubles of its own."""
-    while error is not None:
-        if isinstance(error, ClientError):
-            code = str(error.response.get("Error", {}).get("Code", ""))
-            return code in _PASSING or _status(error) >= 500
-        if isinstance(error, _NO_ANSWER):
-            return True
+    cause = _decisive(error)
+    if isinstance(cause, ClientError):
+        code = str(cause.response.get("Error", {}).get("Code", ""))
+        return code in _PASSING or (_status(cause) >= 500 and _status(cause) != 501)  # 501: it never will
+    return cause is not None
+
+
+def _decisive(error: BaseException | None) -> BaseException | None:
+    """The newest of the error's causes that tells what the server did: errors being handled meanwhile are older."""
+    while error is not None and not isinstance(error, (ClientError, *_NO_ANSWER)):
         error = error.__cause__ or error.__context__
-    return False
+    return error
 
 
 def _endpoint() -> str | None:
@@ -285,16 +299,16 @@ def _endpoint() -> str | None:
 
 
 def _client() -> Any:
-    return _client_for(os.getpid(), _endpoint(), os.environ.get("AWS_ACCESS_KEY_ID"))
+    return _client_for(os.getpid(), _endpoint(), os.environ.get("AWS_ACCESS_KEY_ID"), _trusted())
 
 
-@functools.lru_cache(maxsize=4)
-def _client_for(process: int, endpoint: str | None, user: str | None) -> Any:
+@functools.lru_cache(maxsize=8)
+def _client_for(process: int, endpoint: str | None, user: str | None, trusted: bool) -> Any:
     """One client a process and set of variables; clients are safe to share among threads, not across a fork."""
     config = Config(
         connect_timeout=5,
-        read_timeout=60,
-        retries={"mode": "standard", "total_max_attempts": 2},
+        read_timeout=SILENCE[0] if trusted else SILENCE[1],
+        retries={"mode": "standard", "total_max_attempts": 2 if trusted else 1},
         max_pool_connections=32,
         s3={"addressing_style": "path" if endpoint else "auto"},  # other servers seldom resolve bucket.host
         request_checksum_calculation="when_required",  # nor know the newest checksums

@@ -2,7 +2,7 @@
 
 Files are named by their sha256, so whatever recipe asks for the same tar finds it. What is read least recently goes
 first; a reader that has it open keeps it. Everything is guarded by file locks, which die with their holders: a killed
-download is taken up by the next who wants it.
+download is taken up by the next who wants it, and its leftovers are removed by the next who needs room.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,13 +23,13 @@ from typing import Any
 
 from data_prep.storage import TEMPORARY, Storage, StorageError
 
-STALE = 3600.0  # seconds after which what a killed download left is removed
 DOWNLOADS = 2  # tars that are fetched ahead side by side
-TRIES = 3
+PAUSES = (0.5, 2.0)  # seconds before what came damaged is downloaded again
+BUSY = 60.0, 0.1  # seconds for which others' downloads may take all the room, and between two looks
 
 
 class CacheFull(StorageError):
-    """The tar cannot be kept here: it is larger than the cache, or the disk is full."""
+    """The tar cannot be kept here: it is larger than the cache, or the disk is full or fails."""
 
 
 class ShardCache:
@@ -49,12 +50,19 @@ class ShardCache:
         Raises StorageError when it cannot be had, or is not what the manifest says; CacheFull when there is no room.
         """
         path = self.folder / f"{entry['sha256']}.tar"
-        if not _is_there(path, entry):
-            with self._locked(f"{entry['sha256']}.lock"):
+        try:
+            while True:
                 if not _is_there(path, entry):
-                    self._download(storage, entry, path)
-        os.utime(path)  # read now: it goes last
-        return path
+                    with self._locked(f"{entry['sha256']}.lock"):
+                        if not _is_there(path, entry):
+                            self._download(storage, entry, path)
+                with suppress(FileNotFoundError):  # another process made room of it in this moment
+                    os.utime(path)  # read now: it goes last
+                    return path
+        except StorageError:
+            raise
+        except OSError as error:
+            raise CacheFull(f"data.cache_dir {self.folder} cannot be used: {error.strerror}") from error
 
     def drop(self, entry: Mapping[str, Any]) -> None:
         """Forget a file whose bytes turned out damaged."""
@@ -90,13 +98,18 @@ class ShardCache:
         name, expected = entry["name"], entry["sha256"]
         part = self.folder / f"{TEMPORARY}{expected}"
         try:
-            for _ in range(TRIES):
-                self._make_room(entry["bytes"], part, name)
-                storage.download(name, part)
-                found = _sha256(part)
+            for pause in (*PAUSES, None):
+                try:
+                    found = self._fetch_into(part, storage, entry)
+                except (StorageError, OSError) as error:
+                    if not _disk_is_full(error):
+                        raise
+                    found = self._fetch_into(part, storage, entry, freed=entry["bytes"])
                 if found == expected:
-                    os.replace(part, path)
+                    os.replace(part / "tar", path)
                     return
+                if pause is not None:
+                    time.sleep(pause)
             raise StorageError(
                 f"{name} in {storage.uri} is not what the manifest says (sha256 {found[:12]} instead of "
                 f"{expected[:12]}): `inpaint data check` finds what is damaged"
@@ -106,37 +119,66 @@ class ShardCache:
                 raise CacheFull(f"the disk of data.cache_dir {self.folder} is full") from error
             raise
         finally:
-            part.unlink(missing_ok=True)
+            shutil.rmtree(part, ignore_errors=True)
 
-    def _make_room(self, size: int, part: Path, name: str) -> None:
-        """Remove what was read least recently until `size` more bytes fit; hold them by a file that seems so long."""
+    def _fetch_into(self, part: Path, storage: Storage, entry: Mapping[str, Any], freed: int = 0) -> str:
+        """Download to `part`/tar, after `freed` bytes more than the limit asks for were removed; its sha256."""
+        shutil.rmtree(part, ignore_errors=True)
+        self._hold_room(entry["bytes"], part, entry["name"], freed)
+        storage.download(entry["name"], part / "tar")
+        with open(part / "tar", "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def _hold_room(self, size: int, part: Path, name: str, freed: int) -> None:
+        """Hold `size` bytes by a file in `part` that seems so long; others' downloads that hold the room are awaited."""
         if size > self.limit:
             raise CacheFull(f"{name} has {size} bytes, more than data.cache_gb holds ({self.limit} bytes)")
-        with self._locked("room.lock"):
-            files = sorted(self._files(), key=lambda found: found[1].st_mtime)
-            total = sum(status.st_size for _, status in files)
-            for path, _ in [found for found in files if found[0].suffix == ".tar"]:
-                if total + size <= self.limit:
-                    break
-                total -= path.stat().st_size if path.exists() else 0
-                path.unlink(missing_ok=True)
-            with open(part, "wb") as file:
-                file.truncate(size)
+        deadline = time.monotonic() + BUSY[0]
+        while True:
+            with self._locked("room.lock"):
+                if self._make_room(size, freed):
+                    part.mkdir()
+                    with open(part / "room", "wb") as file:
+                        file.truncate(size)
+                    return
+            if time.monotonic() > deadline:
+                raise CacheFull(
+                    f"no room for {name}: other downloads hold data.cache_gb ({self.limit} bytes)"
+                )
+            time.sleep(BUSY[1])
 
-    def _files(self) -> Iterator[tuple[Path, os.stat_result]]:
-        """Tars, and the room that is held for downloads; what a killed one left is removed."""
+    def _make_room(self, size: int, freed: int) -> bool:
+        """Remove what was read least recently until `size` bytes fit and `freed` are free; whether they fit."""
+        held, tars = 0, []
         for path in self.folder.iterdir():
             with suppress(FileNotFoundError):
-                status, unpublished = path.stat(), path.name.startswith(TEMPORARY)
-                if unpublished and time.time() - status.st_mtime > STALE:
-                    path.unlink()
-                elif path.suffix == ".tar" or len(path.name) == len(TEMPORARY) + 64:
-                    yield path, status
+                if path.suffix == ".tar":
+                    status = path.stat()
+                    tars.append((status.st_mtime, status.st_size, path))
+                elif path.name.startswith(TEMPORARY) and not self._left_by_the_dead(path):
+                    held += (path / "room").stat().st_size
+        if held + size > self.limit:
+            return False  # whatever is removed
+        held += sum(length for _, length, _ in tars)
+        for _, length, path in sorted(tars):
+            if held + size <= self.limit and freed <= 0:
+                break
+            path.unlink(missing_ok=True)
+            held, freed = held - length, freed - length
+        return True
+
+    def _left_by_the_dead(self, part: Path) -> bool:
+        """Whether nobody downloads to `part`; then it is removed."""
+        with suppress(BlockingIOError), self._locked(f"{part.name[len(TEMPORARY) :]}.lock", wait=False):
+            shutil.rmtree(part, ignore_errors=True)
+            return True
+        return False
 
     @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
+    def _locked(self, name: str, wait: bool = True) -> Iterator[None]:
+        """One thread of one process at a time; BlockingIOError when there is another and `wait` is not."""
         with open(self.folder / name, "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             yield
 
 
@@ -155,11 +197,6 @@ def _is_there(path: Path, entry: Mapping[str, Any]) -> bool:
         return path.stat().st_size == entry["bytes"]
     except FileNotFoundError:
         return False
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _disk_is_full(error: BaseException | None) -> bool:

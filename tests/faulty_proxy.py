@@ -8,22 +8,25 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import urlsplit
 
 HOP = {"connection", "transfer-encoding", "keep-alive"}
 BODY = "<?xml version='1.0'?><Error><Code>{}</Code><Message>a fault of the test's</Message></Error>"
-CODES = {500: "InternalError", 503: "SlowDown", 403: "AccessDenied"}
+CODES = {500: "InternalError", 501: "NotImplemented", 503: "SlowDown", 403: "AccessDenied"}
 
 
 @dataclass
 class Faults:
     """`script(method, path)` names the fault of a request: "" (none), an HTTP status, "reset", "cut" (half of the body),
-    "lost" (the request arrives, its answer does not), or seconds of a stall. `seen` are the requests."""
+    "lost" (the request arrives, its answer does not), or "stall" and seconds. `seen` are the requests; `down(seconds)`
+    closes the port itself for so long."""
 
     uri: str = ""
+    down: Callable[[float], None] = lambda seconds: None
     script: Callable[[str, str], str] = lambda method, path: ""
     seen: list[str] = field(default_factory=list)
 
@@ -38,11 +41,6 @@ class Faults:
             return ""
 
         self.script = script
-
-    def down(self, seconds: float) -> None:
-        """Every connection is reset for so long from now on."""
-        until = time.monotonic() + seconds
-        self.script = lambda method, path: "reset" if time.monotonic() < until else ""
 
 
 @contextmanager
@@ -93,11 +91,11 @@ def faulty_proxy(server: str) -> Iterator[Faults]:
             self.end_headers()
             self.wfile.write(data[: len(data) // 2] if cut else data)
             if cut:
-                self.reset()
+                self.close_connection = True
 
         def reset(self) -> None:
-            self.wfile.flush()
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()  # with nothing lingering: RST, not FIN
             self.close_connection = True
 
         def log_message(self, *_: object) -> None:
@@ -105,9 +103,60 @@ def faulty_proxy(server: str) -> Iterator[Faults]:
 
         do_GET = do_PUT = do_HEAD = do_POST = do_DELETE = handle_any
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as proxy:
-        proxy.daemon_threads = True
-        faults.uri = f"http://127.0.0.1:{proxy.server_address[1]}"
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    port = _Port(Handler)
+    faults.uri, faults.down = f"http://127.0.0.1:{port.number}", port.down
+    try:
         yield faults
-        proxy.shutdown()
+    finally:
+        port.end()
+
+
+class _Port:
+    """Listens on a free port; `down` refuses connections for a while, and resets those that stand."""
+
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        self.handler, self.number = handler, 0
+        self.timer: threading.Timer | None = None
+        self.listen()
+
+    def listen(self) -> None:
+        self.server = _Server(("127.0.0.1", self.number), self.handler)
+        self.number = self.server.server_address[1]
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def down(self, seconds: float) -> None:
+        self.close()
+        self.timer = threading.Timer(seconds, self.listen)
+        self.timer.start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        for connection in list(self.server.open):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def end(self) -> None:
+        if self.timer:
+            self.timer.cancel()
+            self.timer.join()
+        self.close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, *arguments: Any) -> None:
+        self.open: set[socket.socket] = set()
+        super().__init__(*arguments)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self.open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self.open.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, *_: object) -> None:
+        """Broken connections are what it is for."""
