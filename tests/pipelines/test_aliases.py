@@ -15,6 +15,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import alembic
 import pytest
 from mlflow import MlflowClient
 from stores import Killed, Store, champion
@@ -230,6 +231,8 @@ def nobody() -> Iterator[None]:
     if before == 0:
         os.seteuid(65534)
     try:
+        if not os.access(alembic.__file__, os.R_OK, effective_ids=True):
+            pytest.skip("root's packages lie where nobody else may look: no other user can open a registry")
         yield
     finally:
         os.seteuid(before)
