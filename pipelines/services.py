@@ -84,60 +84,37 @@ def s3(folder: Path, port: int, host: str = LOOPBACK) -> NoReturn:
         "AWS_DEFAULT_REGION": "us-east-1",
     }
     write_environment(folder / "s3.env", own)
+    database = f"sqlite3://{folder}/files.db"
+    if not (folder / "files.db").exists():
+        made = subprocess.run(
+            [program, "format", "--storage", "file", "--bucket", f"{folder}/files/", database, BUCKET],
+            capture_output=True,
+            text=True,
+        )
+        if made.returncode:
+            last = (made.stderr.strip() or made.stdout.strip() or "no reason given").splitlines()[-1]
+            (folder / "files.db").unlink(missing_ok=True)
+            raise ServiceError(f"juicefs format failed in {folder}: {last}")
     server = {
         "MINIO_ROOT_USER": own["AWS_ACCESS_KEY_ID"],
         "MINIO_ROOT_PASSWORD": own["AWS_SECRET_ACCESS_KEY"],
     }
-    database = f"sqlite3://{folder}/files.db"
-    command = [program, "--no-agent", "gateway", "--no-color", "--no-banner", "--no-usage-report"]
-    command += ["--log", str(folder / "gateway.log"), "--cache-size", "0", "--metrics", f"{LOOPBACK}:0"]
-    # tokens of claims are metadata; the checks of the storage are ETags; its top folders are buckets
-    command += ["--object-meta", "--keep-etag", "--multi-buckets", "--backup-meta", "0"]
-    command += [database]
-    if not (folder / "files.db").exists():
-        format = [program, "format", "--no-color", "--trash-days", "0", "--storage", "file"]
-        format += ["--bucket", f"{folder}/files/", database, BUCKET]
-        _first_bucket(folder, format, command, server)
+    command = [
+        program,
+        "gateway",
+        "--no-banner",
+        "--no-usage-report",
+        "--no-agent",
+        "--log",
+        str(folder / "gateway.log"),
+    ]
+    command += ["--cache-size", "0", "--metrics", f"{LOOPBACK}:0", "--keep-etag", "--object-meta"]
+    command += [database, f"{host}:{port}"]
     print(
-        f"S3 at {endpoint}, bucket s3://{BUCKET}; address and keys are in {folder}/s3.env: source it. Ctrl-C ends it.",
+        f"S3 at {endpoint}, bucket s3://{BUCKET}; keys are in {folder}/s3.env: source it. Ctrl-C ends it.",
         flush=True,
     )
-    _become([*command, f"{host}:{port}"], folder, server)
-
-
-def _first_bucket(folder: Path, format: list[str], gateway: list[str], server: dict[str, str]) -> None:
-    """Format the folder, and make the bucket by a gateway that lives for the moment, on a port of its own."""
-    import boto3
-    from botocore.config import Config
-
-    made = subprocess.run(format, capture_output=True, text=True)
-    try:
-        if made.returncode:
-            last = (made.stderr.strip() or made.stdout.strip() or "no reason given").splitlines()[-1]
-            raise ServiceError(f"juicefs format failed in {folder}: {last}")
-        with socket.socket() as one:
-            one.bind((LOOPBACK, 0))
-            address = f"{LOOPBACK}:{one.getsockname()[1]}"
-        with open(folder / "first.log", "w") as log:
-            first = subprocess.Popen(
-                [*gateway, address], env={**os.environ, **server}, stdout=log, stderr=log
-            )
-        try:
-            boto3.client(
-                "s3",
-                endpoint_url=f"http://{address}",
-                aws_access_key_id=server["MINIO_ROOT_USER"],
-                aws_secret_access_key=server["MINIO_ROOT_PASSWORD"],
-                region_name="us-east-1",
-                config=Config(retries={"mode": "standard", "total_max_attempts": 8}),
-            ).create_bucket(Bucket=BUCKET)
-        finally:
-            first.terminate()
-            first.wait()
-    except BaseException:
-        for leftover in folder.glob("files.db*"):
-            leftover.unlink()
-        raise
+    _become(command, folder, server)
 
 
 def write_environment(path: Path, values: dict[str, str]) -> None:

@@ -107,7 +107,7 @@ def portable(recipe: Recipe, address: str) -> tuple[Recipe, list[str]]:
 
 def _walk(body: dict[str, Any], local: Any) -> None:
     """Put every path of a recipe through local(field, path)."""
-    for section, name in (("", "storage"), ("", "tracking"), ("data", "source"), ("data", "root")):
+    for section, name in (("", "storage"), ("", "tracking"), ("data", "source")):
         part = body.get(section, {}) if section else body
         value = part.get(name)
         if value and value != "bundled":

@@ -15,8 +15,8 @@ from pathlib import Path
 START = """
 import sys
 from pathlib import Path
-from pipelines.services import s3
-s3(Path(sys.argv[1]), int(sys.argv[2]))
+from pipelines.services import serve_s3
+serve_s3(Path(sys.argv[1]), "127.0.0.1", int(sys.argv[2]), "bucket")
 """
 SECONDS = 60  # until it must answer: the machine may be busy
 
