@@ -15,20 +15,14 @@ TAG = "inpaint.made_by"  # of a run
 
 
 def code_version() -> dict[str, str]:
-    """git commit and whether the tree was changed since; empty where the code is no git checkout.
-
-    A job's package is none: there `inpaint submit` has left both beside this file.
-    """
+    """git commit and whether the tree was changed since; empty where the code is no git checkout."""
     root = Path(__file__).parent
-    with suppress(OSError, ValueError):
-        commit, dirty = (root / "CODE").read_text().split()
-        return {"commit": commit, "dirty": dirty}
     try:
         commit = _git(root, "rev-parse", "HEAD")
-        changed = bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
+        dirty = bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
         return {}
-    return {"commit": commit, "dirty": str(changed).lower()}
+    return {"commit": commit, "dirty": str(dirty).lower()}
 
 
 def environment() -> dict[str, str]:
