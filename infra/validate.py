@@ -30,7 +30,8 @@ def strict(schema: Any) -> Any:
     }
     if schema.get("x-kubernetes-int-or-string"):
         result = {"type": ["integer", "string"]}
-    if "properties" in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
+    # a plain object without properties is pruned empty
+    if schema.get("type") == "object" and not schema.get("x-kubernetes-preserve-unknown-fields"):
         result.setdefault("additionalProperties", False)
     return result
 

@@ -10,10 +10,13 @@ from typing import Any
 from pipelines.recipe import Recipe
 
 JPEG_BYTES = (0.45, 1.0)
-"""bytes a pixel of a stored photograph (JPEG, quality 95, colour not subsampled): measured 0.51 at 256 px and 0.68 at 128"""
+"""bytes a pixel of a stored photograph (JPEG, quality 95, colour not subsampled): measured 0.55 on 447 facades and 0.56 on
+the bundled photographs at 256 px, 0.68 at 128"""
 PNG_BYTES = (1.3, 2.6)
-EDGE_BYTES = (0.015, 0.075)
-"""bytes a pixel of an edge map: sigma 5 and sigma 0.5"""
+EDGE_BYTES = (0.008, 0.075)
+"""bytes a pixel of an edge map, measured at 256 px: sigma 5 and sigma 0.5"""
+MEMBER_BYTES = 900
+"""of each sample beside its own: the tar's header and padding, its row in the index; measured 895"""
 SHARD_PIXELS = (12e6, 30e6)
 """pixels of the original that one core decodes, resizes and stores a second"""
 CANNY_PIXELS = (25e6, 45e6)
@@ -25,6 +28,8 @@ ORIGINAL = 640 * 480
 GPU_FLOPS = (5e12, 30e12)
 """of float32 work that one data-centre GPU of 2020 or later gets done a second in networks like these: a guess between a
 quarter of its plain float32 peak and a fifth of its TensorFloat-32 peak"""
+OVERHEAD = (0.005, 0.05)
+"""seconds a step that are no arithmetic: starting kernels, optimisers, losses read back; a guess"""
 FEATURES = 1.6
 """factor on a step for frozen VGG features, where their weights are not here to be counted"""
 
@@ -49,22 +54,23 @@ def storage(recipe: Recipe, photographs: int) -> dict[str, Any]:
     side = data.size + data.margin
     pixels = side * side * (1 if data.crop == "square" else 4 / 3)
     bytes_a_pixel = Range(*(PNG_BYTES if data.format == "png" else JPEG_BYTES))
+    around = photographs * MEMBER_BYTES / 1e9
     seconds = Range(photographs * ORIGINAL / SHARD_PIXELS[1], photographs * ORIGINAL / SHARD_PIXELS[0])
     canny = Range(photographs * pixels / CANNY_PIXELS[1], photographs * pixels / CANNY_PIXELS[0])
     return {
         "shards": sum(
             math.ceil(photographs / data.shard_photos) for share in (1, data.val, data.test) if share
         ),
-        "photographs_gb": bytes_a_pixel * (photographs * pixels / 1e9),
-        "edges_gb": Range(*EDGE_BYTES) * (photographs * pixels / 1e9),
+        "photographs_gb": bytes_a_pixel * (photographs * pixels / 1e9) + Range(around, around),
+        "edges_gb": Range(*EDGE_BYTES) * (photographs * pixels / 1e9) + Range(around, around),
         "shard_core_hours": seconds * (1 / 3600),
         "edges_core_hours": canny * (1 / 3600),
     }
 
 
 def training(recipe: Recipe, key: str, photographs: int) -> dict[str, Any]:
-    """Steps, epochs, GPU hours and loading cores of one model. The GPU hours come from counted floating-point operations
-    and a guessed rate: a factor of six between their ends, and neither is a promise."""
+    """Steps, epochs, GPU hours and loading cores of one model. The GPU hours come from counted floating-point operations,
+    a guessed rate and a guessed overhead: a factor of six to ten between their ends, and neither is a promise."""
     from pipelines.learner import make_schedule
 
     model, counted = _model(recipe, key)
@@ -77,13 +83,15 @@ def training(recipe: Recipe, key: str, photographs: int) -> dict[str, Any]:
     hours = Range(flops / GPU_FLOPS[1] / 3600, flops / GPU_FLOPS[0] / 3600)
     if not counted:
         hours = Range(hours.low, hours.high * FEATURES)
+    hours += Range(*OVERHEAD) * (steps / 3600)
     share = 1 - recipe.data.val - recipe.data.test
     rate = (
         Range(steps * batch / 3600 / hours.high, steps * batch / 3600 / hours.low)
         if hours.low
         else Range(0, 0)
     )
-    scale = (recipe.data.size / 256) ** 2
+    stored = recipe.data.size + recipe.data.margin  # what is decoded; the crop comes after
+    scale = stored * stored * (1 if recipe.data.crop == "square" else 4 / 3) / 256**2
     return {
         "steps": steps,
         "epochs": steps * batch / (photographs * share),
@@ -121,7 +129,7 @@ def _of_features(name: str) -> tuple[str, ...]:
 
 def _flops(model: Any, phase: Any, size: int) -> float:
     """Floating-point operations of one photograph's share of a step, forward and backward, counted by torch on tensors
-    without memory. A generator that learns every n-th step counts in every one."""
+    without memory, as the mean of `critic_steps` steps: the generators learn in one of them."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import flop_registry
@@ -146,13 +154,14 @@ def _flops(model: Any, phase: Any, size: int) -> float:
         }
         model.set_phase(phase)
         out = model.generate(batch, phase)
-        for learners, losses in (
-            (phase.discriminators, model.discriminator_losses),
-            (phase.generators, model.generator_losses),
-        ):
-            if learners:
-                sum(losses(batch, out, phase).values()).backward()
-    return float(counter.total) / count
+        if phase.discriminators:
+            sum(model.discriminator_losses(batch, out, phase).values()).backward()
+        always = counter.total
+        if phase.generators:
+            for name in phase.discriminators:  # as in training: only their inputs' gradients are wanted
+                model.networks[name].requires_grad_(False)
+            sum(model.generator_losses(batch, out, phase).values()).backward()
+    return float(always + (counter.total - always) / phase.critic_steps) / count
 
 
 def lines(recipe: Recipe, photographs: int) -> list[str]:
@@ -168,9 +177,11 @@ def lines(recipe: Recipe, photographs: int) -> list[str]:
     for key in recipe.models:
         train = training(recipe, key, photographs)
         guess = "" if train["counted"] else "; VGG's share is a guess"
+        shared = train["gpu_hours"] * (1 / recipe.scaling.workers)
+        workers = f" ({_hours(shared)} on {recipe.scaling.workers})" if recipe.scaling.workers > 1 else ""
         told.append(
-            f"  {key:<15} {train['steps']:,} steps, {train['epochs']:.1f} epochs, {_hours(train['gpu_hours'])} of one GPU, "
-            f"{_plain(train['loading_cores'])} cores to load for it{guess}"
+            f"  {key:<15} {train['steps']:,} steps, {train['epochs']:.1f} epochs, {_hours(train['gpu_hours'])} of one GPU"
+            f"{workers}, {_plain(train['loading_cores'])} cores to load for it{guess}"
         )
     return told
 

@@ -10,11 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import yaml
+from moto import mock_aws
+from ray.autoscaler._private.aws.config import bootstrap_aws
+from ray.autoscaler._private.util import prepare_config, validate_config
 
 from pipelines.__main__ import parser
 from pipelines.reading import load_recipe
+from pipelines.submitting import check_reach
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -86,6 +91,11 @@ def test_the_network_policy_lets_nobody_in_but_the_cluster() -> None:
     assert own == {"from": [{"podSelector": policy["podSelector"]}]}
     assert {port["port"] for port in others["ports"]} == {8265}
     assert all("podSelector" in source for source in others["from"])  # never a whole namespace or the world
+    operator, submitter = [source["podSelector"]["matchLabels"] for source in others["from"]]
+    # the only label that pods of the operator's Helm chart and of its kustomize manifests share
+    assert operator == {"app.kubernetes.io/component": "kuberay-operator"}
+    # Kubernetes labels a Job's pods with the Job's name, which KubeRay makes the RayJob's
+    assert submitter == {"job-name": load("kuberay/rayjob.yaml")["metadata"]["name"]}
 
 
 def test_compose_publishes_on_loopback_alone_and_starts_with_no_secret_missing() -> None:
@@ -103,21 +113,65 @@ def test_compose_publishes_on_loopback_alone_and_starts_with_no_secret_missing()
     assert set(re.findall(r"\$\{(\w+)[:}]", text)) <= set(re.findall(r"^(\w+)=", filled, re.M))
 
 
-def test_aws_is_closed_but_for_ssh_and_has_no_keys() -> None:
+def test_compose_gives_the_gpus_to_one_worker() -> None:
+    """Two replicas would each take all of them for their own."""
+    deploy = load("compose.gpu.yaml")["services"]["worker"]["deploy"]
+    (device,) = deploy["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["count"], device["capabilities"]) == ("nvidia", "all", ["gpu"])
+    assert deploy["replicas"] == 1
+
+
+@pytest.fixture
+def ec2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """Ray's own way from a cluster file to EC2 requests keeps a key pair in the home folder."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+    with mock_aws():
+        boto3.client("iam").create_instance_profile(InstanceProfileName="inpaint-s3")
+        yield boto3.client("ec2", region_name=load("aws.yaml")["provider"]["region"])
+
+
+def bootstrap(aws: dict[str, Any]) -> dict[str, Any]:
+    prepared = prepare_config(aws)
+    validate_config(prepared)
+    found: dict[str, Any] = bootstrap_aws(prepared)
+    return found
+
+
+def test_aws_is_closed_but_for_ssh_and_has_no_keys(ec2: Any) -> None:
+    """As Ray would start it: in the group that was made beforehand, as it was made, and in no other."""
     aws = load("aws.yaml")
-    rules = aws["provider"]["security_group"]["IpPermissions"]
-    assert [rule["FromPort"] for rule in rules] == [22]
-    assert all(block["CidrIp"] != "0.0.0.0/0" for rule in rules for block in rule["IpRanges"])
-    assert "RAY_AUTH_MODE=token" in " ".join(aws["docker"]["run_options"])
-    assert any(target.endswith("/.ray/auth_token") for target in aws["file_mounts"])
-    (start,) = [command for command in aws["head_start_ray_commands"] if "--head" in command]
+    group = ec2.create_security_group(GroupName="inpaint-ray", Description="inpaint")["GroupId"]
+    ssh = {"FromPort": 22, "ToPort": 22, "IpProtocol": "tcp", "IpRanges": [{"CidrIp": "203.0.113.7/32"}]}
+    ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[ssh])
+    before = ec2.describe_security_groups()["SecurityGroups"]
+    for node in aws["available_node_types"].values():
+        assert set(node["node_config"]["SecurityGroupIds"]) == {"sg-" + "0" * 17}
+        node["node_config"]["SecurityGroupIds"] = [group]
+    ready = bootstrap(aws)
+    assert ec2.describe_security_groups()["SecurityGroups"] == before
+    nodes = {name: node["node_config"] for name, node in ready["available_node_types"].items()}
+    assert nodes["gpu"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    for node in nodes.values():
+        assert node["SecurityGroupIds"] == [group]
+        assert node["IamInstanceProfile"] == {"Name": "inpaint-s3"}
+        assert node["MetadataOptions"]["HttpTokens"] == "required"
+    assert "RAY_AUTH_MODE=token" in " ".join(ready["docker"]["run_options"])
+    assert any(target.endswith("/.ray/auth_token") for target in ready["file_mounts"])
+    (start,) = [command for command in ready["head_start_ray_commands"] if "--head" in command]
     assert "--dashboard-host=127.0.0.1" in start
-    nodes = aws["available_node_types"].values()
-    assert all(node["node_config"]["IamInstanceProfile"] for node in nodes)
-    assert aws["available_node_types"]["gpu"]["node_config"]["InstanceMarketOptions"] == {
-        "MarketType": "spot"
-    }
-    assert all(node["node_config"]["MetadataOptions"]["HttpTokens"] == "required" for node in nodes)
+    commands = [
+        command for key, value in ready.items() if key.endswith("setup_commands") for command in value
+    ]
+    assert not any("pip install" in command for command in commands)  # Ray's defaults bring a nightly build
+
+
+def test_aws_stops_while_no_group_was_made(ec2: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(AssertionError):
+        bootstrap(load("aws.yaml"))
+    assert "Failed to detect a security group" in capsys.readouterr().err
 
 
 def test_no_file_holds_a_secret() -> None:
@@ -131,10 +185,11 @@ def commands() -> list[str]:
     """Every `inpaint ...` that a file of infra runs."""
     found = []
     for path in INFRA.rglob("*"):
-        if path.is_file() and path.suffix in (".md", ".yaml"):
-            text = re.sub(r"\s+#.*", "", path.read_text()) if path.suffix == ".md" else path.read_text()
-            text = re.sub(r"(?m)^#\s*", "", text)
-            found += re.findall(r"(?m)(?:^|[ `])(inpaint (?:run|services|plan|submit)[^`&\n]*)", text)
+        text = path.read_text() if path.suffix in (".md", ".yaml") else ""
+        if path.suffix == ".yaml":  # what the comments say; what is run is taken from the fields below
+            text = "\n".join(line[1:].strip() for line in text.splitlines() if line.startswith("#"))
+        text = re.sub(r"\s+#.*", "", text).replace("\\\n", " ")
+        found += re.findall(r"(?m)(?:^|[ `])(inpaint (?:run|services|plan|submit)[^`&\n]*)", text)
     compose = load("compose.yaml")["services"]
     found += [service["command"] for service in compose.values() if service["command"].startswith("inpaint")]
     found.append(load("kuberay/rayjob.yaml")["spec"]["entrypoint"])
@@ -148,7 +203,23 @@ def test_every_command_of_infra_parses_and_its_recipe_loads(command: str) -> Non
         return  # named in a sentence
     args = parser().parse_args(words)
     if hasattr(args, "recipe"):
-        load_recipe(args.recipe, args.set)
+        recipe = load_recipe(args.recipe, args.set)
+        if args.command == "submit" or (args.storage or "").startswith(
+            "s3://"
+        ):  # on other machines than this one
+            check_reach(recipe.model_copy(update={"storage": args.storage}))
+            for section in recipe.models.values():
+                features = section.options.get("features")
+                weights = features.get("weights", "s3://") if isinstance(features, dict) else "s3://"
+                assert weights.startswith("s3://"), f"{args.recipe} wants {weights} beside it"
+
+
+def test_what_runs_in_the_compose_cluster_joins_it() -> None:
+    """`inpaint run` starts a Ray of its own where RAY_ADDRESS names none."""
+    text = (INFRA / "README.md").read_text()
+    run = [line for line in text.splitlines() if "exec" in line and "inpaint run" in line]
+    assert run
+    assert all("-e RAY_ADDRESS=auto" in line for line in run)
 
 
 def validator() -> Any:
@@ -172,7 +243,7 @@ def test_the_validator_finds_unknown_fields_and_wrong_types(tmp_path: Path) -> N
                 "type": "object",
                 "properties": {
                     "rayVersion": {"type": "integer"},
-                    "authOptions": {"type": "object", "properties": {}},
+                    "authOptions": {"type": "object"},  # which the API server prunes empty
                 },
             },
         },
