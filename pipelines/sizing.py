@@ -102,21 +102,21 @@ def training(recipe: Recipe, key: str, photographs: int) -> dict[str, Any]:
 
 
 def _model(recipe: Recipe, key: str) -> tuple[Any, bool]:
-    """The model without memory for its weights; without frozen features (False) where their weights are not here."""
-    import torch
+    """The model without memory for its weights; without frozen features (False) where their weights are not here.
 
+    Built first and emptied then: spectral norm's start takes seconds on tensors without memory.
+    """
     from models import build_model
 
     section = recipe.models[key]
     options: Mapping[str, Any] = section.options
-    with torch.device("meta"):
-        try:
-            model, counted = build_model(section.name, **options), True
-            _flops(model, model.phases[-1], recipe.data.size)
-        except FileNotFoundError:
-            none = dict.fromkeys(_of_features(section.name), 0)
-            model, counted = build_model(section.name, **{**options, **none}), False
-    return model.to("meta"), counted
+    model = build_model(section.name, **options).to("meta")
+    try:
+        _flops(model, model.phases[-1], recipe.data.size)
+        return model, True
+    except FileNotFoundError:
+        none = dict.fromkeys(_of_features(section.name), 0)
+        return build_model(section.name, **{**options, **none}).to("meta"), False
 
 
 def _of_features(name: str) -> tuple[str, ...]:
