@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,14 @@ def add_data(add: Callable[..., argparse.ArgumentParser]) -> None:
         actions,
     )
     check.add_argument("shards", metavar="SHARDS", help="what `inpaint shard` made")
+    check.add_argument(
+        "--sigma",
+        metavar="S",
+        type=float,
+        nargs="+",
+        default=[],
+        help="of the edges that are checked (default: all)",
+    )
     check.add_argument("--repair", action="store_true", help="make what is damaged again, from its source")
     check.add_argument(
         "--root", metavar="DIR", help="what a listing's names are relative to (default: its own folder)"
@@ -52,7 +60,10 @@ def add_data(add: Callable[..., argparse.ArgumentParser]) -> None:
         actions,
     )
     areas.add_argument(
-        "masks", metavar="KIND[=SHARE]", nargs="+", help="kinds (center, box, brush ...) or folders of masks"
+        "masks",
+        metavar="KIND[=SHARE]",
+        nargs="+",
+        help="kinds (center, box, brush ...) or folders of masks; brush.max_width=20 sets an option of a kind",
     )
     areas.add_argument("--size", type=int, default=256, help="pixels a side (%(default)s)")
     areas.add_argument("--count", type=int, default=1000, help="masks (%(default)s)")
@@ -71,10 +82,10 @@ def _show(args: argparse.Namespace) -> int:
 
     shards = open_storage(args.shards)
     found = facts(shards)
-    sheet, edges = contact_sheet(shards, args.split, args.count, args.sigma, args.masks, args.seed)
-    Path(args.out).write_bytes(sheet)
+    sheet = contact_sheet(shards, args.split, args.count, args.sigma, args.masks, args.seed)
+    _write(args.out, sheet.png)
     if args.json:
-        print(json.dumps({**found, "sheet": args.out}, indent=1))
+        print(json.dumps({**found, "sheet": args.out, "samples": sheet.keys}, indent=1))
         return 0
     splits = ", ".join(f"{count} {split}" for split, count in found["photographs"].items())
     options = found["options"]
@@ -85,18 +96,20 @@ def _show(args: argparse.Namespace) -> int:
         f"{options['size']} + {options['margin']} pixels, crop {options['crop']}"
     )
     print(f"{found['rejects']} rejects, {found['duplicates']} duplicates; sigmas stored: {sigmas}")
-    print(f"{args.out}: {args.split}, {edges}, masks {args.masks}")
+    print(f"{args.out}: {len(sheet.keys)} of {args.split}, {sheet.edges}, masks {args.masks}")
     return 0
 
 
 def _check(args: argparse.Namespace) -> int:
     from data_prep.storage import open_storage
     from pipelines.fanout import check_shards
-    from pipelines.looking import Check, repair
+    from pipelines.looking import Check
     from pipelines.progress import Show
+    from pipelines.repairing import repair
     from pipelines.session import ray_session
 
-    check = Check.of(open_storage(args.shards))
+    check = Check.of(open_storage(args.shards), args.sigma)
+    lists = check.lists()
     with ray_session(args.debug), Show() as show:
 
         def report(name: str) -> Callable[..., None]:
@@ -104,42 +117,45 @@ def _check(args: argparse.Namespace) -> int:
                 None if args.json else show(name, "running", done, total, note)
             )
 
-        found = check_shards(check, report("check"))
+        reasons: list[str] = []
+        found = left = lists + check_shards(check, report("check"))
+        if not args.json:
+            print(
+                "\n".join(map(str, found)), end="\n" if found else "", flush=True
+            )  # whatever a repair meets
         if found and args.repair:
-            repair(check, found, report("repair"), args.root)
-            left = check_shards(Check.of(check.shards), report("check again"))
-        else:
-            left = found
-    told = [{"shard": f.shard, "sample": f.sample, "sigma": f.sigma, "what": f.what} for f in found]
+            reasons = repair(check, found, report("repair"), args.root)
+            again = Check.of(check.shards, args.sigma)
+            left = again.lists() + check_shards(again, report("check again"))
     if args.json:
-        print(json.dumps({"findings": told, "repaired": len(found) - len(left)}, indent=1))
+        told = [{"shard": f.shard, "sample": f.sample, "sigma": f.sigma, "what": f.what} for f in found]
+        print(
+            json.dumps(
+                {"findings": told, "repaired": len(found) - len(left), "left": len(left), "why": reasons},
+                indent=1,
+            )
+        )
     else:
-        print("\n".join(map(str, found)))
-        print(_verdict(check, found, left, args.repair))
+        print(_verdict(check, found, left, args.repair, reasons))
     return 1 if left else 0
 
 
-def _verdict(check: Any, found: list, left: list, repaired: bool) -> str:
+def _verdict(check: Any, found: list, left: list, repaired: bool, reasons: list[str]) -> str:
     tars = len(check.manifest["shards"]) * (1 + len(check.edges))
     if not found:
         return f"{tars} tars in {check.shards.uri} are what their manifests say"
-    if repaired:
-        return f"{len(found) - len(left)} of {len(found)} findings are repaired"
-    return f"{len(found)} findings in {tars} tars; mend: inpaint data check {check.shards.uri} --repair"
+    if not repaired:
+        return f"{len(found)} findings in {tars} tars; mend: inpaint data check {check.shards.uri} --repair"
+    if left:
+        return "\n".join([f"{len(left)} findings are left of {len(found)}:", *map(str, left), *reasons])
+    return f"all {len(found)} findings are repaired"
 
 
 def masks(args: argparse.Namespace) -> int:
     from pipelines.looking import hole_areas, mask_picture
 
-    spec: dict[str, float] = {}
-    for text in args.masks:
-        name, equals, share = text.rpartition("=")
-        try:
-            spec[name if equals else text] = float(share) if equals else 1.0
-        except ValueError:
-            raise ValueError(f"{text}: after = comes a share, as in brush=2") from None
-    found = hole_areas(spec, args.size, args.count, args.seed)
-    Path(args.out).write_bytes(mask_picture(found))
+    found = hole_areas(mask_spec(args.masks), args.size, args.count, args.seed)
+    _write(args.out, mask_picture(found))
     if args.json:
         plain = {key: value for key, value in found.items() if key not in ("areas", "examples")}
         print(json.dumps({**plain, "picture": args.out}, indent=1))
@@ -147,6 +163,33 @@ def masks(args: argparse.Namespace) -> int:
         print("\n".join(_areas(found)))
         print(f"picture: {args.out}")
     return 0
+
+
+def mask_spec(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """["brush=2", "brush.max_width=20", "photos/masks"] as `open_masks` takes it. ValueError for what is no share."""
+    import yaml
+
+    from data_prep.masks import MASK_KINDS
+
+    spec: dict[str, dict[str, Any]] = {}
+    for text in texts:
+        name, equals, value = (text, "", "") if Path(text).is_dir() else text.rpartition("=")
+        kind, dot, option = name.partition(".")
+        if not equals:
+            spec.setdefault(text, {})
+        elif dot and kind in MASK_KINDS:
+            spec.setdefault(kind, {})[option] = yaml.safe_load(value)
+        else:
+            try:
+                spec.setdefault(name, {})["share"] = float(value)
+            except ValueError:
+                raise ValueError(f"{text}: after = comes a share, as in brush=2") from None
+    return spec
+
+
+def _write(path: str, data: bytes) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(data)
 
 
 def _areas(found: Mapping[str, Any]) -> list[str]:

@@ -1,35 +1,41 @@
-"""Looking at data: contact sheets of shards, checks and repairs of them, and what masks cover."""
+"""Looking at data: contact sheets of shards, checks of them, and what masks cover."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import cv2
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from data_prep.canny import canny_edges, decode_edges, load_edges
-from data_prep.checking import Checked, Finding, check_edges, check_photographs
-from data_prep.masks import open_masks
+from data_prep.checking import (
+    EDGES,
+    Checked,
+    EdgeSet,
+    Finding,
+    check_edges,
+    check_manifest,
+    check_photographs,
+    edge_sets,
+)
+from data_prep.masks import MIN_SIDE, open_masks
 from data_prep.reading import Tars
-from data_prep.shards import ShardOptions, load_manifest, sample_decoder
+from data_prep.shards import load_manifest, sample_decoder
 from data_prep.storage import Storage
-from pipelines.figures import Grid, edges_picture, encode_png, masked_picture, sample_grid
+from pipelines.figures import DRAWN_EDGE, GAP, edges_picture, encode_png
 from pipelines.metrics import BANDS, band_of
 
 ACROSS = 3  # samples in a row of a sheet
+SIDE = 128  # pixels of a picture there
 
 
-def known_sigmas(shards: Storage) -> dict[float, Storage]:
-    """The edge sets beside a folder of shards, as `inpaint edges` lays them."""
-    names = sorted({key.split("/")[0] for key, _ in shards.sub("edges").list()})
-    found = {}
-    for name in names:
-        if shards.exists(f"edges/{name}/edges.json"):
-            edges = shards.sub(f"edges/{name}")
-            found[float(json.loads(edges.read("edges.json"))["sigma"])] = edges
-    return dict(sorted(found.items()))
+def known_sigmas(shards: Storage, manifest: Mapping[str, Any]) -> dict[float, Storage]:
+    """The finished edge sets of these shards that lie beside them."""
+    sets = edge_sets(shards, manifest["digest"])
+    return {edges.sigma: edges.folder for edges in sets if not edges.problem}
 
 
 def facts(shards: Storage) -> dict[str, Any]:
@@ -44,45 +50,79 @@ def facts(shards: Storage) -> dict[str, Any]:
         "options": manifest["options"],
         "rejects": len(manifest["rejects"]),
         "duplicates": len(manifest["duplicates"]),
-        "sigmas": list(known_sigmas(shards)),
+        "sigmas": list(known_sigmas(shards, manifest)),
     }
+
+
+class ContactSheet(NamedTuple):
+    """A picture of samples, what its edges are, and the samples' keys in its order."""
+
+    png: bytes
+    edges: str
+    keys: list[str]
 
 
 def contact_sheet(
     shards: Storage, split: str, count: int, sigma: float | None, masks: str, seed: int
-) -> tuple[bytes, str]:
-    """(PNG, a line about its edges): photographs drawn by `seed`, each with a mask and edges at its whole size.
+) -> ContactSheet:
+    """Photographs drawn by `seed`, each with a mask over it and edges at its whole size, above its key.
 
     Edges are the stored ones of `sigma` (None: of the first that is there), or computed where there are none.
-    ValueError when the split is empty.
+    ValueError when the split is empty or `count` is below 1.
     """
+    if count < 1:
+        raise ValueError(f"count {count}: a sheet shows 1 photograph or more")
     manifest = load_manifest(shards)
     entries = [entry for entry in manifest["shards"] if entry["split"] == split]
     if not entries:
         raise ValueError(f"the split {split} of {shards.uri} holds no photographs")
-    there = known_sigmas(shards)
+    there = known_sigmas(shards, manifest)
     sigma = next(iter(there), 2.0) if sigma is None else sigma
     stored = None
     if sigma in there:
         known = {entry["name"]: entry for entry in load_edges(there[sigma], manifest["digest"])["shards"]}
+        if lacking := [entry["name"] for entry in entries if entry["name"] not in known]:
+            raise ValueError(
+                f"edges.json in {there[sigma].uri} does not name {lacking[0]}: make the edges again"
+            )
         stored = Tars(there[sigma], [known[entry["name"]] for entry in entries])
     source, rng = open_masks(masks), np.random.default_rng(seed)
     photos, decode = Tars(shards, entries), sample_decoder(manifest)
     ends = np.cumsum([entry["count"] for entry in entries])
-    cells: list[np.ndarray | None] = []
+    samples: dict[str, tuple[np.ndarray, ...]] = {}
     for number in np.sort(rng.choice(int(ends[-1]), min(count, int(ends[-1])), replace=False)):
         shard = int(np.searchsorted(ends, number, side="right"))
         row = int(number - (ends[shard - 1] if shard else 0))
-        photo = decode(photos.read(shard, row)[1])
+        key, data = photos.read(shard, row)
+        photo = decode(data)
         edges = decode_edges(stored.read(shard, row)[1]) if stored else canny_edges(photo, sigma)
         mask = source.draw(photo.shape[0], photo.shape[1], rng)
-        cells += [photo, masked_picture(photo, mask), edges_picture(edges, np.zeros_like(mask))]
-    across = min(ACROSS, len(cells) // 3)
-    cells += [None] * (-len(cells) % (3 * across))
-    rows = tuple(tuple(cells[at : at + 3 * across]) for at in range(0, len(cells), 3 * across))
-    sheet = sample_grid(Grid(split, ("photograph", "mask", "edges") * across, rows))
+        samples[key] = photo, overlaid(photo, mask), edges_picture(edges, np.zeros_like(mask))
     made = "stored" if stored else "computed now: none of this sigma are stored"
-    return encode_png(sheet), f"edges of sigma {sigma:g}, {made}"
+    return ContactSheet(encode_png(_board(samples)), f"edges of sigma {sigma:g}, {made}", list(samples))
+
+
+def overlaid(photo: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The photograph uint8 [H,W,3] with its hole (mask [H,W], 1 = hole) tinted: what it hides stays to be seen."""
+    tint = cv2.addWeighted(photo, 0.3, np.full_like(photo, DRAWN_EDGE), 0.7, 0)
+    return np.where(mask[..., None] != 0, tint, photo)
+
+
+def _board(samples: Mapping[str, Sequence[np.ndarray]]) -> np.ndarray:
+    """Rows of ACROSS samples: their pictures fit into squares of SIDE pixels side by side, their keys beneath."""
+    font: Any = ImageFont.load_default(12)
+    across, wide, high = min(ACROSS, len(samples)), 3 * SIDE + 4 * GAP, SIDE + GAP + 20
+    board = Image.new("RGB", (across * wide, -(-len(samples) // across) * high), "white")
+    draw = ImageDraw.Draw(board)
+    for number, (key, pictures) in enumerate(samples.items()):
+        top, left = high * (number // across) + GAP, wide * (number % across) + 2 * GAP
+        for place, picture in enumerate(pictures):
+            image = Image.fromarray(picture)
+            smooth = Image.Resampling.BOX if max(image.size) >= SIDE else Image.Resampling.NEAREST
+            fitted = ImageOps.contain(image, (SIDE, SIDE), smooth)
+            board.paste(fitted, (left + place * (SIDE + GAP) + (SIDE - fitted.width) // 2, top))
+        draw.text((left, top + SIDE + 2), key, font=font, fill=(60, 60, 67))
+    return np.asarray(board)
 
 
 @dataclass(frozen=True)
@@ -91,26 +131,40 @@ class Check:
 
     shards: Storage
     manifest: Mapping[str, Any]
-    edges: Mapping[float, tuple[Storage, Mapping[str, Mapping[str, Any]]]]
-    """sigma -> its folder, and its entries by name"""
+    edges: tuple[EdgeSet, ...]
 
     @classmethod
-    def of(cls, shards: Storage) -> Check:
-        """All of a folder: its photographs and every sigma beside them. ValueError when it is none."""
+    def of(cls, shards: Storage, sigmas: Sequence[float] = ()) -> Check:
+        """A folder's photographs and the edges of `sigmas` beside them (none given: of all that are there).
+
+        ValueError when it is no folder of shards, or has no such edges.
+        """
         manifest = load_manifest(shards)
-        edges = {}
-        for sigma, folder in known_sigmas(shards).items():
-            listed = json.loads(folder.read("edges.json"))["shards"]
-            edges[sigma] = (folder, {entry["name"]: entry for entry in listed})
-        return cls(shards, manifest, edges)
+        sets = edge_sets(shards, manifest["digest"])
+        there = {edges.sigma for edges in sets}
+        for sigma in sigmas:
+            if sigma not in there:
+                known = ", ".join(f"{other:g}" for other in sorted(there)) or "none"
+                raise ValueError(
+                    f"{shards.uri} holds no edges of sigma {sigma:g} (there are: {known}): make them with "
+                    f"`inpaint edges {shards.uri} --sigma {sigma:g}`"
+                )
+        return cls(shards, manifest, tuple(edges for edges in sets if not sigmas or edges.sigma in sigmas))
+
+    def lists(self) -> list[Finding]:
+        """What is wrong with the manifests and the records, before any tar is read. ValueError when the photographs'
+        manifest is too damaged to check by."""
+        found = check_manifest(self.shards, self.manifest)
+        return found + [Finding(EDGES, "", made.problem, made.sigma) for made in self.edges if made.problem]
 
     def tar(self, entry: Mapping[str, Any]) -> tuple[list[Finding], list[str]]:
         """What is wrong with one tar and its edges; and its photographs' keys."""
         photographs: Checked = check_photographs(self.shards, entry, sample_decoder(self.manifest))
         findings = list(photographs.findings)
-        for sigma, (folder, entries) in self.edges.items():
-            made = check_edges(folder, entries.get(entry["name"]), entry, photographs, sigma)
-            findings += made.findings
+        for made in self.edges:
+            if made.entries is not None:
+                told = made.entries.get(entry["name"])
+                findings += check_edges(made.folder, told, entry, photographs, made.sigma).findings
         return findings, photographs.keys
 
 
@@ -125,46 +179,13 @@ def repeated(keys: Sequence[tuple[str, list[str]]]) -> list[Finding]:
     return found
 
 
-def damaged(findings: Sequence[Finding]) -> tuple[set[str], dict[float, set[str]]]:
-    """The tars to make again: of photographs, and of edges by sigma."""
-    photos = {finding.shard for finding in findings if finding.sigma is None}
-    edges: dict[float, set[str]] = {}
-    for finding in findings:
-        if finding.sigma is not None:
-            edges.setdefault(finding.sigma, set()).add(finding.shard)
-    return photos, edges
-
-
-def repair(check: Check, findings: Sequence[Finding], progress: Any, root: str | None = None) -> None:
-    """Remove what is damaged and have the steps that made it make it again; nothing else is touched.
-
-    Raises ValueError when the photographs' source is not what it was.
-    """
-    from data_prep.tars import index_name
-    from pipelines.fanout import make_edges, shard_photographs
-
-    photos, edges = damaged(findings)
-    if photos:
-        options = ShardOptions(**check.manifest["options"])
-        for name in photos:
-            check.shards.delete(name)
-        manifest = shard_photographs(
-            check.manifest["source"], check.shards, options, 1000, progress, root=root
-        )
-        if manifest["digest"] != check.manifest["digest"]:
-            raise ValueError(
-                f"the photographs in {check.manifest['source']} have changed: the shards are whole, but others than "
-                "they were; make the edges again with `inpaint edges`"
-            )
-    for sigma, names in edges.items():
-        folder = check.edges[sigma][0]
-        for name in names:
-            folder.delete(index_name(name))
-        make_edges(check.shards, {sigma: folder}, progress)
-
-
 def hole_areas(spec: str | Mapping[str, Any], size: int, count: int, seed: int) -> dict[str, Any]:
-    """The shares of hole of `count` masks of `size` x `size` pixels: mean, quantiles, and the share in each band."""
+    """The shares of hole of `count` masks of `size` x `size` pixels: mean, quantiles, and the share in each band.
+
+    ValueError for what is no kind, folder or option, and for `count` or `size` too small.
+    """
+    if count < 1 or size < MIN_SIDE:
+        raise ValueError(f"count {count}, size {size}: 1 mask or more, of {MIN_SIDE} pixels a side or more")
     masks = open_masks(spec)
     drawn = masks.fixed(size, size, count, seed)
     areas = np.array([mask.mean() for mask in drawn])

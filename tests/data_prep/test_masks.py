@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import subprocess
+import sys
 
 import cv2
 import numpy as np
@@ -142,6 +144,18 @@ def test_region_windows_are_all_that_qualify():
     for top, left in rng.integers(0, (5000 - 64) // 8 + 1, (500, 2)) * 8:
         area = pattern[top : top + 64, left : left + 64].mean()
         assert (0.2 < area < 0.3) == ((top, left) in corners)
+
+
+@pytest.mark.parametrize("size", [128, 512])  # the first has the largest pattern, 10,000 pixels a side
+def test_region_masks_need_little_memory(size):
+    """The peak of a whole process: Python, NumPy and OpenCV have 70 MB of it, the pattern in floats would have 400."""
+    code = (
+        "import numpy as np; from data_prep.masks import make_mask\n"
+        f"make_mask('region', {size}, {size}, np.random.default_rng(0))\n"
+        "print(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 300 * 1024
 
 
 @pytest.mark.parametrize("width", [12, 25, 39])
