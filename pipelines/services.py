@@ -58,6 +58,8 @@ def serve_s3(folder: Path, host: str, port: int, bucket: str) -> NoReturn:
         "--keep-etag",
         "--object-meta",
         "--no-usage-report",
+        "--cache-dir",
+        "memory",
         "--no-agent",
     ]
     serve += ["--metrics", "127.0.0.1:0", "--log-level", "warn", meta, f"{host}:{port}"]
