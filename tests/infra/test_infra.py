@@ -209,6 +209,9 @@ def test_every_command_of_infra_parses_and_its_recipe_loads(command: str) -> Non
         ):  # on other machines than this
             elsewhere = recipe.model_copy(update={"storage": args.storage})
             check_reach(elsewhere)
+            features = [section.options.get("features") for section in recipe.models.values()]
+            weights = [stack.get("weights") for stack in features if isinstance(stack, dict)]
+            assert all(path is None or path.startswith("s3://") for path in weights), weights
 
 
 def test_what_runs_in_the_compose_cluster_joins_it() -> None:
