@@ -82,9 +82,12 @@ class ShardCache:
                 self._pool.submit(self._fetch, storage, dict(entry))
 
     def close(self) -> None:
-        """Stop fetching ahead."""
-        if self._pool:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        """Stop fetching ahead, until somebody asks again."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+            self._asked.clear()
+        if pool:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _fetch(self, storage: Storage, entry: dict[str, Any]) -> None:
         try:

@@ -18,7 +18,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from data_prep.shards import decode_sample
+from data_prep.preparing import decode_sample
 from data_prep.storage import MissingKey, Storage
 from data_prep.tars import index_name, read_index, writing_tar
 

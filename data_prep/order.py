@@ -26,6 +26,12 @@ class Place(NamedTuple):
     number: int
 
 
+def locate(ends: np.ndarray, point: int) -> tuple[int, int]:
+    """(which part, place in it) of a point on a line of parts that end at `ends`; empty parts hold none."""
+    part = int(np.searchsorted(ends, point, side="right"))
+    return part, int(point) - (int(ends[part - 1]) if part else 0)
+
+
 class Order:
     """`counts` are the shards' sample counts, `streams` is C. ValueError when there is no sample."""
 
@@ -51,9 +57,8 @@ class Order:
         epoch, part, start, window, within, size = self._window(stream, position)
         point = start + window * self.window + int(self._mixed(epoch, part, window, size)[within])
         shards, ends = self._line(epoch)
-        turn = int(np.searchsorted(ends, point, side="right"))
+        turn, row = locate(ends, point)
         shard = int(shards[turn])
-        row = point - (int(ends[turn - 1]) if turn else 0)
         return Place(epoch, shard, row, int(self.starts[shard]) + row)
 
     def shards_near(self, stream: int, position: int) -> list[int]:
@@ -67,8 +72,7 @@ class Order:
     def following(self, place: Place) -> Place:
         """The next sample in the manifest's order, which stands in for one that cannot be read."""
         number = (place.number + 1) % self.samples
-        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
-        return Place(place.epoch, shard, number - int(self.starts[shard]), number)
+        return Place(place.epoch, *locate(self.starts[1:], number), number)
 
     def _window(self, stream: int, position: int) -> tuple[int, int, int, int, int, int]:
         """(epoch, range, its first point, window of it, position in the window, the window's size)."""

@@ -6,6 +6,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -34,6 +35,17 @@ class _Shard(NamedTuple):
     sums: list[int]
     read: Read
 
+    def sample(self, row: int) -> tuple[str, bytes]:
+        """(key, stored bytes); _Damaged when they are not those that were written."""
+        data = self.read(self.offsets[row], self.sizes[row])
+        if zlib.crc32(data) != self.sums[row]:
+            raise _Damaged("its bytes are not those that were written (CRC-32)")
+        return self.keys[row], data
+
+
+class _Damaged(StorageError):
+    pass
+
 
 class Tars:
     """The tars that `entries` of a manifest name in a storage. Safe to use from several threads.
@@ -54,12 +66,8 @@ class Tars:
         """(key, stored bytes). What fails is tried again; BadSample when it stays so."""
         found = self._shards.get(shard)
         if found is not None:
-            try:
-                data = found.read(found.offsets[row], found.sizes[row])
-                if zlib.crc32(data) == found.sums[row]:
-                    return found.keys[row], data
-            except (StorageError, IndexError):
-                pass  # tried again below
+            with suppress(StorageError, IndexError):  # tried again below
+                return found.sample(row)
         return self._read_patiently(shard, row)
 
     def _read_patiently(self, shard: int, row: int) -> tuple[str, bytes]:
@@ -73,14 +81,11 @@ class Tars:
             try:
                 found = self._shard(shard)
                 whole, place = False, str(found.keys[row])
-                data = found.read(found.offsets[row], found.sizes[row])
-                if zlib.crc32(data) == found.sums[row]:
-                    return found.keys[row], data
-                reason = "its bytes are not those that were written (CRC-32)"
-                if self.cache:
-                    self.cache.drop(self.entries[shard])
+                return found.sample(row)
             except (StorageError, ValueError, IndexError) as error:
                 reason = str(error)
+                if self.cache and isinstance(error, _Damaged):
+                    self.cache.drop(self.entries[shard])
             with self._lock:
                 self._shards.pop(shard, None)  # it may have been made again: look anew
             if pause is not None:

@@ -12,65 +12,20 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
-import cv2
 import numpy as np
 
+from data_prep.order import locate
+from data_prep.preparing import ShardOptions, encode
 from data_prep.slices import READERS, Listing, Slice, deal, read_slices, write_record
-from data_prep.sources import MAX_PIXELS, PhotoError, Source, decode_photo, suffix_of
+from data_prep.sources import PhotoError, Source
 from data_prep.storage import BadKey, DeniedKey, MissingKey, Storage
 from data_prep.tars import TarWriter, index_name, read_index, write_tar, writing_tar
 
 VERSION = 2
 SPLITS = ("train", "val", "test")
-LONGEST = 16  # a photograph more elongated than this is a strip, not a photograph
-
-cv2.setNumThreads(1)  # a slice is one task's work; tasks run side by side
-
-
-@dataclass(frozen=True)
-class ShardOptions:
-    """How photographs are stored: the short side becomes size + margin pixels."""
-
-    size: int = 256
-    """pixels: the training crop"""
-    margin: int = 0
-    """pixels more than the crop, for random crops"""
-    crop: Literal["keep", "square"] = "keep"
-    """keep the aspect, or cut the centre square first"""
-    format: Literal["jpg", "png", "original"] = "jpg"
-    """original keeps the files' own bytes; they are cropped and resized whenever they are read"""
-    quality: int = 95
-    """of the JPEGs, 1 to 100; colour is never subsampled"""
-    val: float = 0.1
-    """share of the photographs that validate"""
-    test: float = 0.1
-    """share of the photographs that are held out"""
-    max_pixels: int = MAX_PIXELS
-    """a photograph with more is rejected"""
-    shard_mb: float = 256
-    """megabytes of a tar at most, unless one photograph alone has more"""
-
-    def __post_init__(self) -> None:
-        rules = {
-            "size": (self.size >= 8, "at least 8 pixels"),
-            "margin": (self.margin >= 0, "0 or more pixels"),
-            "crop": (self.crop in ("keep", "square"), "keep or square"),
-            "format": (self.format in ("jpg", "png", "original"), "jpg, png or original"),
-            "quality": (1 <= self.quality <= 100, "1 to 100"),
-            "val": (0 <= self.val < 1, "0 to below 1"),
-            "test": (
-                0 <= self.test < 1 and self.val + self.test < 1,
-                "0 to below 1, and below 1 together with val",
-            ),
-            "max_pixels": (self.max_pixels > 0, "above 0"),
-            "shard_mb": (self.shard_mb > 0, "megabytes, above 0"),
-        }
-        for name, (holds, rule) in rules.items():
-            if not holds:
-                raise ValueError(f"data.{name} is {getattr(self, name)!r}: {rule}")
 
 
 def plan(
@@ -96,8 +51,10 @@ def plan(
             f"slices/{before.index(None):05d}.json in {out.uri} is damaged: make the shards anew"
         )
     slices = deal(listing, [known[0] for known in before if known], length)
-    found = before + read_slices(out, len(slices), len(before))
     there = dict(out.list())
+    begun = [piece.number for piece in slices[len(before) :] if piece.record in there]
+    found = before + read_slices(out, begun[-1] + 1 if begun else 0, len(before))
+    found += [None] * (len(slices) - len(found))
     lost = {
         name for piece, known in zip(slices, before) if known for name in {*known[0].names} - {*piece.names}
     }
@@ -154,7 +111,7 @@ def write_slice(
                 if key in seen:
                     duplicates.append({"name": name, "same_as": seen[key]})
                 else:
-                    encoded, suffix, shape = _encode(data, options)
+                    encoded, suffix, shape = encode(data, options)
                     seen[key] = name
                     split = splits[_split(source.group(name), key, options)]
                     split.add(key, encoded, suffix, name, shape)
@@ -210,48 +167,6 @@ class _Split:
             self._tar = None
 
 
-def prepare(photo: np.ndarray, options: ShardOptions) -> np.ndarray:
-    """A photograph uint8 [H,W,3] as it is stored or trained on: cropped, its short side size + margin pixels.
-
-    Raises PhotoError for what is too small or too long.
-    """
-    target = options.size + options.margin
-    height, width = photo.shape[:2]
-    short = min(height, width)
-    if max(height, width) > LONGEST * short:
-        raise PhotoError(f"a strip: {width} x {height} is longer than {LONGEST} times its short side")
-    if short * 4 < target:
-        raise PhotoError(
-            f"too small: {width} x {height}; a quarter of {target} (data.size + data.margin) is the least"
-        )
-    if options.crop == "square":
-        top, left = (height - short) // 2, (width - short) // 2
-        photo = photo[top : top + short, left : left + short]
-        height = width = short
-    shape = max(target, round(height * target / short)), max(target, round(width * target / short))
-    if shape != photo.shape[:2]:
-        method = cv2.INTER_AREA if short > target else cv2.INTER_CUBIC
-        photo = cv2.resize(photo, shape[::-1], interpolation=method)
-    return photo
-
-
-def _encode(data: bytes, options: ShardOptions) -> tuple[bytes, str, tuple[int, int]]:
-    """What is stored of a file, its suffix, and the (height, width) that it is read with."""
-    photo = prepare(decode_photo(data, options.max_pixels, short_side=options.size + options.margin), options)
-    shape = photo.shape[:2]
-    if options.format == "original":
-        return data, suffix_of(data), shape  # type: ignore[return-value]
-    settings = [
-        cv2.IMWRITE_JPEG_QUALITY,
-        options.quality,
-        cv2.IMWRITE_JPEG_SAMPLING_FACTOR,
-        cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
-    ]
-    bgr = cv2.cvtColor(photo, cv2.COLOR_RGB2BGR)
-    encoded = cv2.imencode(f".{options.format}", bgr, settings if options.format == "jpg" else [])[1]
-    return encoded.tobytes(), options.format, shape  # type: ignore[return-value]
-
-
 def _split(group: str | None, key: str, options: ShardOptions) -> str:
     """By a hash of the content or of the group, so that a photograph never moves when others come or go."""
     digest = hashlib.sha256((group or key).encode()).digest()
@@ -270,7 +185,7 @@ def assemble(
     rejects = [reject for part in parts for reject in part["rejects"]]
     duplicates = [again for part in parts for again in part["duplicates"]]
     for place, again in _repeated(shards, out).items():
-        entry, found = _without(out, shards[place], again)
+        entry, found = without(out, shards[place], again)
         shards[place] = entry
         duplicates += found
     shards = [entry for entry in shards if entry["count"]]
@@ -325,20 +240,18 @@ def _repeated(shards: Sequence[Mapping[str, Any]], out: Storage) -> dict[int, di
         if one not in first:  # of three that are the same, the second is told by the first too
             first[one] = _name_at(shards, ends, one, out)
         first[other] = first[one]
-        found.setdefault(int(np.searchsorted(ends, other, side="right")), {})[f"{int(line[other]):016x}"] = (
-            first[one]
-        )
+        place, _ = locate(ends, other)
+        found.setdefault(place, {})[f"{int(line[other]):016x}"] = first[one]
     return found
 
 
 def _name_at(shards: Sequence[Mapping[str, Any]], ends: np.ndarray, point: int, out: Storage) -> str:
-    place = int(np.searchsorted(ends, point, side="right"))
-    start = int(ends[place - 1]) if place else 0
-    name: str = read_index(out, shards[place]["name"])["names"][point - start]
+    place, row = locate(ends, point)
+    name: str = read_index(out, shards[place]["name"])["names"][row]
     return name
 
 
-def _without(
+def without(
     out: Storage, entry: Mapping[str, Any], again: Mapping[str, str]
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """The shard written again, under another name, without some samples; and these, as duplicates.
@@ -388,21 +301,3 @@ def load_manifest(shards: Storage) -> dict[str, Any]:
             f"{shards.uri} has shards of version {version}, this is {VERSION}: make the shards again"
         )
     return manifest
-
-
-def decode_sample(data: bytes) -> np.ndarray:
-    """A photograph stored as JPEG or PNG, as uint8 RGB [H,W,3]. ValueError when it is damaged."""
-    photo = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None
-    if photo is None:
-        raise ValueError("a stored photograph cannot be decoded: the shards are damaged, make them again")
-    return photo
-
-
-def sample_decoder(manifest: Mapping[str, Any]) -> Callable[[bytes], np.ndarray]:
-    """What makes uint8 RGB [H,W,3], the short side size + margin pixels, of these shards' stored bytes."""
-    known = {option.name for option in fields(ShardOptions)}
-    options = ShardOptions(**{name: value for name, value in manifest["options"].items() if name in known})
-    if options.format != "original":
-        return decode_sample
-    short_side = options.size + options.margin
-    return lambda data: prepare(decode_photo(data, options.max_pixels, short_side), options)

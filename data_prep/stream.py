@@ -20,8 +20,9 @@ from data_prep.cache import ShardCache
 from data_prep.canny import canny_edges, decode_edges, load_edges
 from data_prep.masks import open_masks
 from data_prep.order import Order, Place
+from data_prep.preparing import sample_decoder
 from data_prep.reading import BadSample, Tars
-from data_prep.shards import SPLITS, load_manifest, sample_decoder
+from data_prep.shards import SPLITS, load_manifest
 from data_prep.storage import Storage
 
 AHEAD = 2  # batches that are made while one is used
@@ -134,6 +135,8 @@ class Stream:
                     yield batch
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
+                if self.photos.cache:
+                    self.photos.cache.close()
 
     def _begin(self) -> Batch:
         """An empty batch."""

@@ -72,9 +72,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return command
 
-    def add_recipe(name: str, text: str, example: str) -> argparse.ArgumentParser:
+    def add_recipe(name: str, text: str, example: str, nargs: str | None = None) -> argparse.ArgumentParser:
         command = add(name, text, example)
-        command.add_argument("recipe", metavar="RECIPE", help=RECIPE, nargs="?" if name == "submit" else None)
+        command.add_argument("recipe", metavar="RECIPE", help=RECIPE, nargs=nargs)
         command.add_argument(
             "--set", metavar="KEY.SUB=VALUE", action="append", default=[], help="override a field; repeatable"
         )

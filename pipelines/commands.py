@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from pipelines.data_commands import data as data
 from pipelines.data_commands import masks as masks
 from pipelines.model_commands import models as models
 from pipelines.model_text import table
-from pipelines.reading import check_recipe, load_recipe
+from pipelines.reading import check_recipe, recipe_of
 from pipelines.recipe import Recipe
 from pipelines.service_commands import services as services
 from pipelines.service_commands import submit as submit
@@ -34,7 +33,7 @@ def plan(args: argparse.Namespace) -> int:
     if args.size:
         from pipelines.sizing import lines
 
-        print("\n".join(lines(_recipe(args), args.size)))
+        print("\n".join(lines(recipe_of(args), args.size)))
         return 0
     workflow = _workflow(args)
     rows = [[s.name, s.state, _seconds(s.seconds), s.why] for s in workflow.plan()]
@@ -75,14 +74,13 @@ def _print_trials(workflow: Workflow, key: str) -> None:
 
 
 def shard(args: argparse.Namespace) -> int:
-    from data_prep.shards import ShardOptions
+    from data_prep.preparing import ShardOptions
     from data_prep.storage import open_storage
     from pipelines.fanout import shard_photographs
     from pipelines.progress import Show
     from pipelines.session import ray_session
 
-    given = vars(args)
-    options = ShardOptions(**{f.name: given[f.name] for f in fields(ShardOptions) if f.name in given})
+    options = ShardOptions.of(vars(args))
     out = open_storage(args.dest)
     out.check_writable()
     with ray_session(args.debug), Show() as show:
@@ -101,7 +99,7 @@ def shard(args: argparse.Namespace) -> int:
 
 
 def sweep(args: argparse.Namespace) -> int:
-    recipe = _recipe(args)
+    recipe = recipe_of(args)
     best = _sweep(args, recipe, _tracking_for(recipe))
     return _chain(args, *best, until="register") if args.register else 0
 
@@ -183,7 +181,7 @@ def import_(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace, until: str) -> int:
-    recipe = _recipe(args)
+    recipe = recipe_of(args)
     if recipe.sweep is None:
         return _chain(args, recipe, None, until)
     return _chain(args, *_sweep(args, recipe, _tracking_for(recipe)), until)
@@ -253,16 +251,11 @@ def _work(args: argparse.Namespace, recipe: Recipe, tracking: Tracking, workflow
             return with_parent(workflow, parent).run(show, held)
 
 
-def _recipe(args: argparse.Namespace) -> Recipe:
-    named = [f"{key}={getattr(args, key)}" for key in ("storage", "tracking") if getattr(args, key, None)]
-    return load_recipe(args.recipe, [*args.set, *named])
-
-
 def _workflow(args: argparse.Namespace) -> Workflow:
     from pipelines.sweep import build_sweep
     from pipelines.workflow import build_workflow
 
-    recipe = _recipe(args)
+    recipe = recipe_of(args)
     return (build_workflow if recipe.sweep is None else build_sweep)(recipe, _tracking_for(recipe))
 
 

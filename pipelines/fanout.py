@@ -10,14 +10,13 @@ import ray
 
 from data_prep.canny import assemble_edges, write_edge_shard
 from data_prep.checking import Finding
-from data_prep.shards import ShardOptions, assemble, load_manifest, make_slice, plan, sample_decoder
+from data_prep.preparing import ShardOptions, sample_decoder
+from data_prep.shards import assemble, load_manifest, make_slice, plan
 from data_prep.sources import Source, open_source
 from data_prep.storage import Storage
 from pipelines.looking import Check, repeated
 
 Progress = Callable[..., None]  # (done, total, note)
-Job = tuple[Callable[[], ray.ObjectRef], int]
-"""What starts a task, and how many photographs it is for."""
 
 
 class TooManyRejects(ValueError):
@@ -43,21 +42,26 @@ def shard_photographs(
     slices, parts = plan(source, out, options, length)
     total = sum(len(piece.names) for piece in slices)
     todo = [piece for piece in slices if piece.number not in parts]
-    shared = ray.put((source, out, options))
-    jobs = [(lambda piece=piece: _make_slice.remote(shared, piece), len(piece.names)) for piece in todo]
-    _check_rejects(parts, max_rejects, total, source)
-    for number, part in _run(jobs, total, progress, "photographs"):
+    sizes = [len(piece.names) for piece in todo]
+    rejected = sum(len(part["rejects"]) for part in parts.values())
+    _check_rejects(rejected, parts, max_rejects, total, source)
+    for number, part in run_tasks(
+        _make_slice, (source, out, options), todo, sizes, progress, "photographs", total
+    ):
         parts[todo[number].number] = part
-        _check_rejects(parts, max_rejects, total, source)
+        rejected += len(part["rejects"])
+        _check_rejects(rejected, parts, max_rejects, total, source)
     return assemble([parts[piece.number] for piece in slices], options, source.uri, out)
 
 
-def _check_rejects(parts: Mapping[int, Mapping[str, Any]], share: float, total: int, source: Source) -> None:
-    rejects = [reject for number in sorted(parts) for reject in parts[number]["rejects"]]
-    if len(rejects) > share * total:
+def _check_rejects(
+    count: int, parts: Mapping[int, Mapping[str, Any]], share: float, total: int, source: Source
+) -> None:
+    if count > share * total:
+        rejects = [reject for number in sorted(parts) for reject in parts[number]["rejects"]]
         first = "; ".join(f"{reject['name']}: {reject['reason']}" for reject in rejects[:3])
         raise TooManyRejects(
-            f"{len(rejects)} of {total} files in {source.uri} are unusable, more than data.max_rejects = "
+            f"{count} of {total} files in {source.uri} are unusable, more than data.max_rejects = "
             f"{share:g} allows ({first}); remove them or raise the limit"
         )
 
@@ -66,9 +70,9 @@ def make_edges(shards: Storage, outs: Mapping[float, Storage], progress: Progres
     """Tars -> edge side tars of each sigma in that sigma's storage, a tar of photographs a task; then edges.json."""
     manifest = load_manifest(shards)
     entries = manifest["shards"]
-    shared = ray.put((shards, dict(outs), manifest["options"]))
-    jobs = [(lambda entry=entry: _write_edges.remote(shared, entry), entry["count"]) for entry in entries]
-    made = dict(_run(jobs, sum(entry["count"] for entry in entries), progress, "edge maps"))
+    shared = (shards, dict(outs), manifest["options"])
+    sizes = [entry["count"] for entry in entries]
+    made = dict(run_tasks(_write_edges, shared, entries, sizes, progress, "edge maps"))
     for sigma, out in outs.items():
         assemble_edges([made[n][sigma] for n in range(len(entries))], sigma, manifest["digest"], out)
 
@@ -76,9 +80,8 @@ def make_edges(shards: Storage, outs: Mapping[float, Storage], progress: Progres
 def check_shards(check: Check, progress: Progress) -> list[Finding]:
     """What is wrong with a folder of shards, a tar a task; in the manifest's order."""
     entries = check.manifest["shards"]
-    shared = ray.put(check)
-    jobs = [(lambda entry=entry: _check_tar.remote(shared, entry), entry["count"]) for entry in entries]
-    found = dict(_run(jobs, sum(entry["count"] for entry in entries), progress, "photographs"))
+    sizes = [entry["count"] for entry in entries]
+    found = dict(run_tasks(_check_tar, check, entries, sizes, progress, "photographs"))
     findings = [finding for number in range(len(entries)) for finding in found[number][0]]
     return findings + repeated([(entry["name"], found[n][1]) for n, entry in enumerate(entries)])
 
@@ -102,27 +105,38 @@ def _write_edges(
     return write_edge_shard(shards, entry, outs, sample_decoder({"options": options}))
 
 
-def _run(jobs: Sequence[Job], total: int, progress: Progress, unit: str) -> Iterator[tuple[int, Any]]:
-    """(number, result) of each job as it is done, a few more started than the cluster has CPUs; progress with the rate.
+def run_tasks(
+    task: Any,
+    shared: Any,
+    items: Sequence[Any],
+    sizes: Sequence[int],
+    progress: Progress,
+    unit: str,
+    total: int | None = None,
+) -> Iterator[tuple[int, Any]]:
+    """(number, result) of `task`(shared, item), a remote function, for each item as it is done; a few more are started
+    than the cluster has CPUs. `sizes` are the items' photographs, `total` (None: their sum) counts those that were done
+    before; progress has the rate.
 
     The first failure cancels the rest.
     """
-    done = total - sum(size for _, size in jobs)
+    total = sum(sizes) if total is None else total
+    done, handed = total - sum(sizes), ray.put(shared)
     base, began = done, time.monotonic()
     progress(done, total, unit)
     waiting: dict[ray.ObjectRef, int] = {}
-    coming = iter(range(len(jobs)))
+    coming = iter(range(len(items)))
     try:
         while True:
             ahead = 2 + int(2 * ray.cluster_resources().get("CPU", 1))  # asked anew: a cluster grows
             while len(waiting) < ahead and (number := next(coming, None)) is not None:
-                waiting[jobs[number][0]()] = number
+                waiting[task.remote(handed, items[number])] = number
             if not waiting:
                 return
             (ready, *_), _ = ray.wait(list(waiting))
             number = waiting.pop(ready)
             result = ray.get(ready)
-            done += jobs[number][1]
+            done += sizes[number]
             progress(done, total, f"{unit}, {(done - base) / (time.monotonic() - began):.0f}/s")
             yield number, result
     finally:

@@ -206,14 +206,14 @@ class Learner:
         )
 
     def _to_device(self, step: int, batch: Mapping[str, Any]) -> dict[str, Any]:
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
         moved: dict[str, Any] = {
-            key: _floats(torch.from_numpy(value).to(self.device, non_blocking=True))
+            key: _floats(torch.from_numpy(value).to(self.device, non_blocking=True), layout)
             for key, value in batch.items()
             if isinstance(value, np.ndarray)
         }
         moved.setdefault("edge", None)
-        if self.channels_last:
-            moved["image"] = moved["image"].contiguous(memory_format=torch.channels_last)
+        moved["image"] = moved["image"].contiguous(memory_format=layout)
         moved["mask_mean"] = self.mean(moved["mask"].mean())
         mine = len(moved["image"])  # of the global batch, which the ranks' parts make up end to end
         numbers = np.random.default_rng([self.seed, step]).random((self.world * mine, UNIFORM))
@@ -277,17 +277,14 @@ class Learner:
         return int(state["step"])
 
 
-def _floats(value: Tensor) -> Tensor:
+def _floats(value: Tensor, layout: torch.memory_format) -> Tensor:
     """What the stream gives as the model takes it: uint8 [B,H,W,3] -> float32 [B,3,H,W] in [0,1], and masks and edges
     [B,H,W] -> [B,1,H,W]. Floats are that already."""
     if value.is_floating_point():
         return value
     if value.ndim == 3:
         return value.unsqueeze(1).float()
-    planes = torch.empty(
-        (len(value), 3, *value.shape[1:3]), device=value.device, memory_format=torch.contiguous_format
-    )
-    return planes.copy_(value.permute(0, 3, 1, 2)).mul_(1 / 255)
+    return value.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout).mul_(1 / 255)
 
 
 def _flat_gradient(network: nn.Module) -> Tensor:

@@ -22,8 +22,10 @@ from data_prep.checking import (
     edge_sets,
 )
 from data_prep.masks import MIN_SIDE, open_masks
+from data_prep.order import locate
+from data_prep.preparing import sample_decoder
 from data_prep.reading import Tars
-from data_prep.shards import load_manifest, sample_decoder
+from data_prep.shards import load_manifest
 from data_prep.storage import Storage
 from pipelines.figures import DRAWN_EDGE, GAP, edges_picture, encode_png
 from pipelines.metrics import BANDS, band_of
@@ -91,8 +93,7 @@ def contact_sheet(
     ends = np.cumsum([entry["count"] for entry in entries])
     samples: dict[str, tuple[np.ndarray, ...]] = {}
     for number in np.sort(rng.choice(int(ends[-1]), min(count, int(ends[-1])), replace=False)):
-        shard = int(np.searchsorted(ends, number, side="right"))
-        row = int(number - (ends[shard - 1] if shard else 0))
+        shard, row = locate(ends, number)
         key, data = photos.read(shard, row)
         photo = decode(data)
         edges = decode_edges(stored.read(shard, row)[1]) if stored else canny_edges(photo, sigma)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +24,12 @@ class RecipeError(ValueError):
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """The recipe that a command line names, with its --set, --storage and --tracking applied."""
+    named = [f"{key}={getattr(args, key)}" for key in ("storage", "tracking") if getattr(args, key, None)]
+    return load_recipe(args.recipe, [*args.set, *named])
 
 
 def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -10,12 +10,13 @@ from typing import Any
 import ray
 
 from data_prep.checking import EDGES, Finding
-from data_prep.shards import ShardOptions, _without, write_slice
+from data_prep.preparing import ShardOptions
+from data_prep.shards import without, write_slice
 from data_prep.slices import Slice, read_slices
 from data_prep.sources import Source, open_source
 from data_prep.storage import Storage, open_storage
 from data_prep.tars import index_name, read_index
-from pipelines.fanout import _run, make_edges
+from pipelines.fanout import make_edges, run_tasks
 from pipelines.looking import Check
 
 Progress = Callable[..., None]  # (done, total, note)
@@ -46,7 +47,7 @@ def repair(
 
 def _photographs(check: Check, names: set[str], progress: Progress, root: str | None) -> list[str]:
     """Each slice that has damaged tars, a task; why some stay as they are."""
-    options = ShardOptions(**check.manifest["options"])
+    options = ShardOptions.of(check.manifest["options"])
     source = open_source(check.manifest["source"], options.size, root)
     damaged: dict[int, list[dict[str, Any]]] = {}
     for entry in check.manifest["shards"]:
@@ -54,27 +55,19 @@ def _photographs(check: Check, names: set[str], progress: Progress, root: str | 
             damaged.setdefault(entry["slice"], []).append(entry)
     if not damaged:
         return []
-    shared = ray.put((check.shards, source, options, check.manifest["duplicates"]))
-    jobs = [
-        (
-            lambda number=number: _remake.remote(shared, number, damaged[number]),
-            sum(e["count"] for e in damaged[number]),
-        )
-        for number in damaged
-    ]
-    total = sum(size for _, size in jobs)
-    return [reason for _, reason in sorted(_run(jobs, total, progress, "photographs")) if reason]
+    shared = (check.shards, source, options, check.manifest["duplicates"])
+    sizes = [sum(entry["count"] for entry in entries) for entries in damaged.values()]
+    told = sorted(run_tasks(_remake, shared, list(damaged.items()), sizes, progress, "photographs"))
+    return [reason for _, reason in told if reason]
 
 
 @ray.remote(num_cpus=1)
 def _remake(
     shared: tuple[Storage, Source, ShardOptions, Sequence[Mapping[str, str]]],
-    number: int,
-    entries: Sequence[Mapping[str, Any]],
+    slice_of: tuple[int, Sequence[Mapping[str, Any]]],
 ) -> str:
-    shards, source, options, duplicates = shared
     with tempfile.TemporaryDirectory(prefix="inpaint-repair-") as folder:
-        return remake_tars(shards, source, options, duplicates, number, entries, open_storage(folder))
+        return remake_tars(*shared, *slice_of, open_storage(folder))
 
 
 def remake_tars(
@@ -117,7 +110,7 @@ def remake_tars(
             again = {
                 key: taken[n] for n, key in zip(index["names"], index["keys"], strict=True) if n in taken
             }
-            if _without(scratch, first, again)[0]["sha256"] != entry["sha256"]:
+            if without(scratch, first, again)[0]["sha256"] != entry["sha256"]:
                 return f"{name}: made again it is another tar than the manifest names: make the shards anew"
         shards.write(index_name(name), scratch.read(index_name(name)))
         shards.upload(scratch.path(name) or Path(name), name)

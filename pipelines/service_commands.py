@@ -48,6 +48,7 @@ def add_submit(add_recipe: Callable[..., argparse.ArgumentParser]) -> None:
         "submit",
         "run a recipe on a cluster as a Ray job, and follow it; credentials are the cluster's, none travel",
         "submit edge_connect --address http://localhost:8265 --storage s3://bucket/runs",
+        nargs="?",  # none with --attach
     )
     submit.add_argument(
         "--address", metavar="URL", required=True, help="the cluster's dashboard, http://HEAD:8265"
@@ -57,7 +58,7 @@ def add_submit(add_recipe: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def submit(args: argparse.Namespace) -> int:
-    from pipelines.reading import check_recipe, load_recipe
+    from pipelines.reading import check_recipe, recipe_of
     from pipelines.submitting import SubmitError, follow, how_to_attach
     from pipelines.submitting import submit as submit_recipe
 
@@ -65,8 +66,7 @@ def submit(args: argparse.Namespace) -> int:
         return follow(args.address, args.attach)
     if args.recipe is None:
         raise SubmitError("name a recipe to submit, or --attach ID to follow a job")
-    named = [f"{key}={getattr(args, key)}" for key in ("storage", "tracking") if getattr(args, key)]
-    recipe = load_recipe(args.recipe, [*args.set, *named])
+    recipe = recipe_of(args)
     check_recipe(recipe)
     job = submit_recipe(recipe, args.address)
     print(f"submitted {job}\n{how_to_attach(args.address, job)}", flush=True)

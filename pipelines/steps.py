@@ -10,11 +10,11 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from data_prep.canny import load_edges
-from data_prep.shards import ShardOptions, load_manifest
+from data_prep.preparing import ShardOptions
+from data_prep.shards import load_manifest
 from data_prep.slices import READERS
 from data_prep.storage import MissingKey
 from data_prep.tars import index_name
@@ -60,7 +60,7 @@ def shard(ctx: StepContext, client: MlflowClient | None, run: str) -> Value:
     were made from an earlier state of the source, theirs are taken over, and only what is new is made.
     """
     config, out = ctx.config, ctx.storage.sub(ctx.stable)
-    options = ShardOptions(**{f.name: config[f.name] for f in fields(ShardOptions) if f.name in config})
+    options = ShardOptions.of(config)
     family = {name: value for name, value in config.items() if name != "listing"}
     take_over(ctx, family, lambda key: True)
     manifest = shard_photographs(

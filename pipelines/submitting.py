@@ -116,9 +116,3 @@ def _told(error: Exception, address: str) -> SubmitError:
     if any(word in low for word in ("connect", "refused", "timed out", "resolve")):
         return SubmitError(f"no Ray dashboard answers at {address}: is it up, and the port forwarded?")
     return SubmitError(f"the cluster at {address} refused: {text[:300] or type(error).__name__}")
-
-
-def package_size(recipe: Recipe) -> int:
-    """Bytes that travel, before compression."""
-    with staged(recipe) as folder:
-        return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,8 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from ports import free_port
 
 START = """
 import sys
@@ -24,9 +25,7 @@ SECONDS = 60  # until it must answer: the machine may be busy
 @contextmanager
 def running_gateway(folder: Path, user: str, secret: str) -> Iterator[str]:
     """The address of a gateway over `folder`; it ends with the block."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     uri = f"http://127.0.0.1:{port}"
     environment = os.environ | {"AWS_ACCESS_KEY_ID": user, "AWS_SECRET_ACCESS_KEY": secret}
     with open(folder / "gateway.log", "wb") as log:

@@ -13,7 +13,8 @@ import torch
 from mlflow import MlflowClient
 
 from data_prep.canny import assemble_edges, write_edge_shard
-from data_prep.shards import ShardOptions, assemble, write_slice
+from data_prep.preparing import ShardOptions
+from data_prep.shards import assemble, write_slice
 from data_prep.sources import open_source
 from data_prep.storage import Storage, open_storage
 from models.base import Model

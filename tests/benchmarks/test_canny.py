@@ -14,7 +14,8 @@ from skimage.color import rgb2gray
 from skimage.feature import canny
 
 from data_prep.canny import canny_edges, decode_edges, encode_edges, write_edge_shard
-from data_prep.shards import ShardOptions, assemble, decode_sample, prepare, write_slice
+from data_prep.preparing import ShardOptions, decode_sample, prepare
+from data_prep.shards import assemble, write_slice
 from data_prep.sources import BundledSource, bundled_photo, decode_photo
 from data_prep.storage import open_storage
 from data_prep.tars import read_index, write_tar

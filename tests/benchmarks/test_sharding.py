@@ -15,7 +15,8 @@ import pytest
 import ray
 from photographs import Crops
 
-from data_prep.shards import ShardOptions, write_slice
+from data_prep.preparing import ShardOptions
+from data_prep.shards import write_slice
 from data_prep.storage import open_storage
 from pipelines.fanout import shard_photographs
 
@@ -79,7 +80,8 @@ def test_two_workers_against_one(tmp_path: Path, capsys: pytest.CaptureFixture[s
 WORKER = r"""
 import re, sys
 from photographs import Crops
-from data_prep.shards import ShardOptions, write_slice
+from data_prep.preparing import ShardOptions
+from data_prep.shards import write_slice
 from data_prep.storage import open_storage
 count, folder = int(sys.argv[1]), sys.argv[2]
 source, out = Crops(count), open_storage(folder)

@@ -22,7 +22,8 @@ from skimage.feature import canny
 from data_prep.canny import assemble_edges, write_edge_shard
 from data_prep.masks import make_mask
 from data_prep.order import Order
-from data_prep.shards import ShardOptions, assemble, make_slice, plan
+from data_prep.preparing import ShardOptions
+from data_prep.shards import assemble, make_slice, plan
 from data_prep.slices import Listing, deal
 from data_prep.sources import open_source
 from data_prep.storage import Storage, open_storage

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -15,6 +14,7 @@ from pathlib import Path
 import pytest
 from harness import clean_environment, family, kill, wait_for
 from mlflow.server.auth.client import AuthServiceClient
+from ports import free_port
 
 ADMIN, PASSWORD = "admin", "the-admins-password-1"
 AS_ADMIN = {"MLFLOW_TRACKING_USERNAME": ADMIN, "MLFLOW_TRACKING_PASSWORD": PASSWORD}
@@ -54,9 +54,7 @@ def acting_as(user: dict[str, str]) -> Iterator[None]:
 @contextmanager
 def mlflow_server(folder: Path, authenticated: bool = True) -> Iterator[Server]:
     """`mlflow server` on a free port, its database and artifacts in `folder`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     (folder / "auth.ini").write_text(CONFIG.format(folder=folder))
     environment = clean_environment() | {
         "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),

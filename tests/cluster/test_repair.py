@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from data_prep.checking import Finding
-from data_prep.shards import ShardOptions
+from data_prep.preparing import ShardOptions
 from data_prep.sources import bundled_photo
 from data_prep.storage import Storage, open_storage
 from pipelines.fanout import check_shards, make_edges, shard_photographs

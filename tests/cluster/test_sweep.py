@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from harness import Run, clean_environment, digest, family, kill, wait_for
+from ports import free_port
 
 from pipelines.reading import load_recipe
 from pipelines.sweep_result import FAILED, FINISHED, STOPPED, SweepResult
@@ -161,9 +161,7 @@ class Server:
     """A real MLflow server over a SQLite file, which can be ended and started again."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 

@@ -4,7 +4,8 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep.shards import ShardOptions, assemble, write_slice
+from data_prep.preparing import ShardOptions
+from data_prep.shards import assemble, write_slice
 from data_prep.sources import open_source
 from data_prep.storage import open_storage
 

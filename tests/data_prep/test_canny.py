@@ -21,7 +21,8 @@ from data_prep.canny import (
     write_edge_shard,
 )
 from data_prep.masks import make_mask
-from data_prep.shards import ShardOptions, assemble, load_manifest, read_index, write_slice
+from data_prep.preparing import ShardOptions
+from data_prep.shards import assemble, load_manifest, read_index, write_slice
 from data_prep.sources import bundled_photo, decode_photo, open_source
 from data_prep.storage import open_storage
 

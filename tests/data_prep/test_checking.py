@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from data_prep.canny import assemble_edges, write_edge_shard
-from data_prep.shards import ShardOptions, assemble, load_manifest, make_slice, plan
+from data_prep.preparing import ShardOptions
+from data_prep.shards import assemble, load_manifest, make_slice, plan
 from data_prep.sources import open_source
 from data_prep.storage import open_storage
 from data_prep.tars import read_index

@@ -16,7 +16,8 @@ import webdataset
 from PIL import Image
 
 from data_prep import folder as folder_module
-from data_prep.shards import ShardOptions, assemble, decode_sample, load_manifest, read_index, write_slice
+from data_prep.preparing import ShardOptions, decode_sample
+from data_prep.shards import assemble, load_manifest, read_index, write_slice
 from data_prep.sources import decode_photo, open_source
 from data_prep.storage import StorageError, open_storage
 

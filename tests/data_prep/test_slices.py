@@ -8,7 +8,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data_prep.shards import ShardOptions, assemble, load_manifest, make_slice, plan
+from data_prep.preparing import ShardOptions
+from data_prep.shards import assemble, load_manifest, make_slice, plan
 from data_prep.slices import Listing, deal
 from data_prep.sources import open_source
 from data_prep.storage import open_storage

@@ -17,7 +17,8 @@ from data_prep import reading
 from data_prep import stream as stream_module
 from data_prep.cache import ShardCache
 from data_prep.canny import assemble_edges, canny_edges, write_edge_shard
-from data_prep.shards import ShardOptions, assemble, load_manifest, read_index, write_slice
+from data_prep.preparing import ShardOptions
+from data_prep.shards import assemble, load_manifest, read_index, write_slice
 from data_prep.sources import open_source
 from data_prep.storage import open_storage
 from data_prep.stream import Stream, TooManyBad, read_split

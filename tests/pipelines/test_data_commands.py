@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from data_prep.canny import assemble_edges, write_edge_shard
-from data_prep.shards import ShardOptions, assemble, load_manifest, make_slice, plan
+from data_prep.preparing import ShardOptions
+from data_prep.shards import assemble, load_manifest, make_slice, plan
 from data_prep.sources import bundled_photo, open_source
 from data_prep.storage import open_storage
 from data_prep.tars import read_index

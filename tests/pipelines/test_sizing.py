@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from data_prep.canny import write_edge_shard
-from data_prep.shards import ShardOptions, assemble, write_slice
+from data_prep.preparing import ShardOptions
+from data_prep.shards import assemble, write_slice
 from data_prep.sources import open_source
 from data_prep.storage import open_storage
 from pipelines.learner import make_schedule

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from ports import free_port
 from stores import Store
 
 from models.base import Model
@@ -115,9 +115,7 @@ def test_a_process_without_our_code_gets_the_same_pixels(
 @pytest.fixture
 def served(store: Store, tmp_path: Path) -> Iterator[str]:
     """The address of `mlflow models serve`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     bin_folder = Path(sys.executable).parent
     arguments = [
         "-m",
