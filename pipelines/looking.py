@@ -110,20 +110,30 @@ def overlaid(photo: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _board(samples: Mapping[str, Sequence[np.ndarray]]) -> np.ndarray:
-    """Rows of ACROSS samples: their pictures fit into squares of SIDE pixels side by side, their keys beneath."""
+    """Rows of ACROSS samples: their pictures, fit into squares of SIDE pixels, side by side, and their keys beneath."""
     font: Any = ImageFont.load_default(12)
-    across, wide, high = min(ACROSS, len(samples)), 3 * SIDE + 4 * GAP, SIDE + GAP + 20
-    board = Image.new("RGB", (across * wide, -(-len(samples) // across) * high), "white")
-    draw = ImageDraw.Draw(board)
-    for number, (key, pictures) in enumerate(samples.items()):
-        top, left = high * (number // across) + GAP, wide * (number % across) + 2 * GAP
-        for place, picture in enumerate(pictures):
-            image = Image.fromarray(picture)
-            smooth = Image.Resampling.BOX if max(image.size) >= SIDE else Image.Resampling.NEAREST
-            fitted = ImageOps.contain(image, (SIDE, SIDE), smooth)
-            board.paste(fitted, (left + place * (SIDE + GAP) + (SIDE - fitted.width) // 2, top))
-        draw.text((left, top + SIDE + 2), key, font=font, fill=(60, 60, 67))
+    keys, across = list(samples), min(ACROSS, len(samples))
+    fitted = {key: [_fitted(picture) for picture in pictures] for key, pictures in samples.items()}
+    rows = [keys[at : at + across] for at in range(0, len(keys), across)]
+    heights = [max(fitted[key][0].height for key in row) for row in rows]
+    wide, foot = 3 * (SIDE + GAP) + 2 * GAP, 24
+    board = Image.new("RGB", (across * wide, sum(heights) + len(rows) * (GAP + foot)), "white")
+    draw, top = ImageDraw.Draw(board), GAP
+    for row, height in zip(rows, heights, strict=True):
+        for column, key in enumerate(row):
+            left = column * wide + 2 * GAP
+            for place, image in enumerate(fitted[key]):
+                board.paste(image, (left + place * (SIDE + GAP), top))
+            draw.text((left, top + fitted[key][0].height + 2), key, font=font, fill=(60, 60, 67))
+        top += height + GAP + foot
     return np.asarray(board)
+
+
+def _fitted(picture: np.ndarray) -> Image.Image:
+    """Its longer side SIDE pixels; each pixel of a small one is seen, as are lines of one pixel."""
+    image = Image.fromarray(picture)
+    way = Image.Resampling.BOX if max(image.size) >= SIDE else Image.Resampling.NEAREST
+    return ImageOps.contain(image, (SIDE, SIDE), way)
 
 
 @dataclass(frozen=True)
@@ -213,7 +223,8 @@ def mask_picture(found: Mapping[str, Any]) -> bytes:
         bars, examples = sheet.axes
         bars.hist(100 * found["areas"], bins=np.linspace(0, 100, 51).tolist(), color=BLUE)
         bars.set_xlim(0, 100)
-        bars.grid(axis="y", color=LINE, lw=0.8)
+        bars.set_xticks(range(0, 101, 10))  # the bands that scores are told by
+        bars.grid(color=LINE, lw=0.8)
         bars.set_axisbelow(True)
         bars.set_xlabel("hole, per cent of the image")
         bars.set_ylabel("masks")
