@@ -27,7 +27,7 @@ SETTINGS = {
 
 @contextmanager
 def ray_session(debug: bool = False) -> Iterator[None]:
-    """Joins RAY_ADDRESS when it is set; otherwise starts Ray here, listening on loopback, and ends it.
+    """Joins RAY_ADDRESS when it is set; otherwise starts Ray here, without a dashboard, and ends it.
 
     Never whatever cluster happens to run on this machine: `ray.init()` alone would join that.
     """
