@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from pipelines.data_commands import add_data
 from pipelines.model_commands import add_models
-from pipelines.service_commands import add_services, add_submit
+from pipelines.service_commands import add_services
 
 MODEL = "models:/NAME@ALIAS, models:/NAME/VERSION or a checkpoint folder"
 RECIPE = "name of a shipped recipe, or a YAML file"
@@ -72,9 +72,9 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return command
 
-    def add_recipe(name: str, text: str, example: str, nargs: str | None = None) -> argparse.ArgumentParser:
+    def add_recipe(name: str, text: str, example: str) -> argparse.ArgumentParser:
         command = add(name, text, example)
-        command.add_argument("recipe", metavar="RECIPE", help=RECIPE, nargs=nargs)
+        command.add_argument("recipe", metavar="RECIPE", help=RECIPE)
         command.add_argument(
             "--set", metavar="KEY.SUB=VALUE", action="append", default=[], help="override a field; repeatable"
         )
@@ -240,7 +240,6 @@ def parser() -> argparse.ArgumentParser:
 
     add_models(add)
     add_services(add)
-    add_submit(add_recipe)
     return top
 
 

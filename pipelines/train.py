@@ -17,7 +17,7 @@ import pyarrow.fs
 import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 
 from data_prep.cache import ShardCache
 from data_prep.storage import Storage
@@ -26,6 +26,7 @@ from models import build_model
 from pipelines.bookkeeping import Bookkeeper, Meter
 from pipelines.job import TrainJob, train_worker
 from pipelines.learner import Learner, make_schedule
+from pipelines.rendezvous import Rendezvous
 from pipelines.resources import local_options
 from pipelines.tracking import Point, Publisher
 from pipelines.validate import Validation
@@ -170,7 +171,7 @@ def fit(
     result = TorchTrainer(
         train_worker,
         train_loop_config={"job": job},
-        torch_config=TorchConfig(backend="nccl" if scaling["gpus_per_worker"] else "gloo"),
+        torch_config=Rendezvous(backend="nccl" if scaling["gpus_per_worker"] else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=scaling["workers"],
             use_gpu=scaling["gpus_per_worker"] > 0,

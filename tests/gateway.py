@@ -16,8 +16,8 @@ from ports import free_port
 START = """
 import sys
 from pathlib import Path
-from pipelines.services import serve_s3
-serve_s3(Path(sys.argv[1]), "127.0.0.1", int(sys.argv[2]), "bucket")
+from pipelines.services import s3
+s3(Path(sys.argv[1]), int(sys.argv[2]))
 """
 SECONDS = 60  # until it must answer: the machine may be busy
 

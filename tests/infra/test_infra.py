@@ -19,7 +19,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from pipelines.__main__ import parser
 from pipelines.reading import load_recipe
-from pipelines.submitting import check_reach
+from pipelines.submitting import portable
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -208,7 +208,7 @@ def test_every_command_of_infra_parses_and_its_recipe_loads(command: str) -> Non
             "s3://"
         ):  # on other machines than this
             elsewhere = recipe.model_copy(update={"storage": args.storage})
-            check_reach(elsewhere)
+            portable(elsewhere, "http://head:8265")
             features = [section.options.get("features") for section in recipe.models.values()]
             weights = [stack.get("weights") for stack in features if isinstance(stack, dict)]
             assert all(path is None or path.startswith("s3://") for path in weights), weights
