@@ -39,6 +39,9 @@ def ray_session(debug: bool = False) -> Iterator[None]:
         os.environ.setdefault(key, value)
     import ray
 
+    if address == "local":
+        # Ray Train's cleaner would look for the dashboard that is not there for 12 s at the end of each training
+        os.environ["RAY_API_SERVER_ADDRESS"] = f"http://{loopback.LOOPBACK}:9"
     level = logging.INFO if debug else logging.ERROR
     dashboard = False if address == "local" else None
     ray.init(address=address, include_dashboard=dashboard, log_to_driver=debug, logging_level=level)
