@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test lint bench validate-infra clean
+.PHONY: demo test lint bench soak validate-infra clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -30,6 +30,10 @@ lint: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python -m pytest -m benchmark tests -s
+
+# INPAINT_SOAK: how many random schedules of faults, three minutes each
+soak: $(READY)
+	@$(BIN)/python -m pytest -m soak tests/cluster/test_faults.py
 
 # CRDS: a folder with KubeRay's published CRDs (helm pull kuberay/kuberay-operator --untar brings them)
 validate-infra: $(READY)

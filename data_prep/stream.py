@@ -39,8 +39,9 @@ class Stream:
     """Batches of one split for one rank.
 
     Global batch b holds `batch` samples: the next batch / streams of each of the `streams` lines of `Order`, the lines
-    in turn. Rank r of `world` makes the r-th of `world` equal parts of it: whole lines, where `streams` is a multiple of
-    `world`. Epochs follow one another without a gap, so every batch is full, also when the split is smaller than one.
+    in turn. Rank r of `world` makes the r-th of `world` parts of it, which are equal or differ by one: whole lines,
+    where `streams` is a multiple of `world`. Epochs follow one another without a gap, so every batch is full, also when
+    the split is smaller than one.
 
     A sample's crop (of `size` pixels), flip, sigma and mask are drawn from (seed, epoch, its number in the split) alone.
     `masks` is what `open_masks` takes. Edges: "full" reads the side tars `edges[sigma]` of a sigma
@@ -76,8 +77,8 @@ class Stream:
     ) -> None:
         if streams < 1 or batch < 1 or batch % streams:
             raise ValueError(f"train.batch = {batch} must be a multiple of data.streams = {streams}")
-        if batch % world or not 0 <= rank < world:
-            raise ValueError(f"train.batch = {batch} must be a multiple of the number of ranks ({world})")
+        if world > batch or not 0 <= rank < world:
+            raise ValueError(f"train.batch = {batch}: {world} workers need a photograph each in every batch")
         manifest = load_manifest(shards)
         entries = _entries(manifest, split, shards.uri)
         _check_size(manifest, size, shards.uri)
@@ -86,6 +87,7 @@ class Stream:
         self.order = Order([entry["count"] for entry in entries], seed, streams)
         self.samples = self.order.samples
         self.each = batch // streams
+        self.whole = batch
         self.part = range(rank * batch // world, (rank + 1) * batch // world)
         self.masks = open_masks(masks)
         first = self.masks.draw(
@@ -110,8 +112,8 @@ class Stream:
         """This rank's part of global batch `step` (0, 1, ...).
 
         {"image": uint8 [b,S,S,3], "mask": uint8 [b,S,S] with 1 = hole, "edge": bool [b,S,S] or None,
-        "keys": [(epoch, key)]}: a quarter of the bytes of floats, which the learner makes where it computes. Edges are
-        not multiplied by the mask.
+        "keys": [(epoch, key)], "part": the global batch's samples that these are, "whole": how many it has}: a quarter
+        of the bytes of floats, which the learner makes where it computes. Edges are not multiplied by the mask.
         """
         batch = self._begin()
         self._fill(batch, step, range(len(self.part)))
@@ -146,6 +148,8 @@ class Stream:
             "mask": np.empty(plane, np.uint8),
             "edge": None if self.edge_source == "none" else np.empty(plane, bool),
             "keys": [(0, "")] * len(self.part),
+            "part": self.part,
+            "whole": self.whole,
         }
 
     def _fill(self, batch: Batch, step: int, numbers: range) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.parametrizations import _SpectralNorm, spectral_norm
 
 
 def scaled(channels: int, width: float) -> int:
@@ -52,6 +53,19 @@ def spectral_(module: nn.Module) -> nn.Module:
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
             spectral_norm(layer)
     return module
+
+
+@contextmanager
+def still_spectral(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, a forward pass takes no power iteration: the layers are the same functions however often they are used."""
+    found = [m for module in modules for m in module.modules() if isinstance(m, _SpectralNorm) and m.training]
+    for norm in found:
+        norm.training = False
+    try:
+        yield
+    finally:
+        for norm in found:
+            norm.training = True
 
 
 def fold_spectral_(module: nn.Module) -> nn.Module:

@@ -103,7 +103,7 @@ def perform(run: Any, context: StepContext) -> Value:
 
 def failure(error: BaseException) -> Value:
     """An error in one line, its whole traceback, and whether trying again may help."""
-    cause = _cause(error)
+    cause = root_cause(error)
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     plain = bool(lines) and isinstance(cause, (ValueError, RuntimeError, OSError))
     text = lines[0] if plain else ": ".join([type(cause).__name__, *lines[:1]])
@@ -118,7 +118,7 @@ def failure(error: BaseException) -> Value:
     }
 
 
-def _cause(error: BaseException) -> BaseException:
+def root_cause(error: BaseException) -> BaseException:
     """What really happened, under Ray's and Ray Train's wrappings."""
     while True:
         workers = getattr(error, "worker_failures", None) or {}

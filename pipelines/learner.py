@@ -6,7 +6,7 @@ Knows torch and the model interface, neither Ray nor MLflow.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.base import UNIFORM, Model, Phase
+from models.base import UNIFORM, Losses, Model, Phase
+from models.layers import still_spectral
 from pipelines.compiling import compilation, compile_networks
 
 
@@ -55,6 +56,16 @@ def make_schedule(model: Model, steps: Mapping[str, int]) -> Schedule:
     return Schedule(tuple(parts))
 
 
+@dataclass(frozen=True)
+class Part:
+    """Photographs that a forward pass holds at once: all of a rank's, or some of them."""
+
+    batch: dict[str, Any]
+    seed: int
+    share: float
+    """What its means count for among the means of the ranks: 1 when the ranks have equal parts, and hold them at once."""
+
+
 @dataclass
 class Learner:
     """A model with its optimisers. `step` is a pure function of (state, step number, batch).
@@ -75,6 +86,8 @@ class Learner:
     """Forward passes and losses under autocast; parameters, gradients and optimisers stay float32."""
     channels_last: bool = False
     compiled: bool = False
+    at_once: int | None = None
+    """Photographs that a forward pass holds at most; gradients of more are accumulated. None: a rank's whole part."""
 
     def __post_init__(self) -> None:
         self.model.to(self.device)
@@ -96,7 +109,8 @@ class Learner:
             self.ema = {key: value.clone() for key, value in self._averaged()}
 
     def step(self, step: int, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Discriminators first, then generators, after papers.md 0.3; returns this rank's unweighted terms.
+        """Discriminators first, then generators, after papers.md 0.3; returns this rank's unweighted terms, whose mean
+        over the ranks is the global batch's.
 
         Raises NonFiniteLoss, on every rank alike, before a parameter changes.
         """
@@ -111,29 +125,61 @@ class Learner:
         self.enter(phase)
         self._set_rates(phase, 0.1 if within >= phase.drop_at * length else 1.0)
         generators_learn = bool(phase.generators) and (within + 1) % phase.critic_steps == 0
-        torch.manual_seed(int(np.random.SeedSequence([self.seed, step, self.rank]).generate_state(1)[0]))
-        batch = self._to_device(step, batch)
-        with torch.set_grad_enabled(generators_learn), self._autocast():
-            out = self.model.generate(batch, phase)
+        parts = self._parts(step, self._to_device(step, batch))
+        alone = self._generate(parts[0], generators_learn) if len(parts) == 1 else None
         terms: dict[str, Tensor] = {}
         if phase.discriminators:
-            with self._autocast():
-                losses = self.model.discriminator_losses(batch, out, phase)
-            self._descend(step, losses, phase.discriminators)
-            terms |= losses
-        if generators_learn:
-            with _frozen(self.model.networks[name] for name in phase.discriminators):
+
+            def judge(part: Part) -> Losses:
+                out = self._generate(part, False) if alone is None else alone
                 with self._autocast():
-                    losses = self.model.generator_losses(batch, out, phase)
-                self._descend(step, losses, phase.generators)
-            terms |= losses
+                    return self.model.discriminator_losses(part.batch, out, phase)
+
+            terms |= self._descend(step, parts, judge, phase.discriminators)
+        if generators_learn:
+            ran = [n for name, n in self.model.networks.items() if name not in phase.discriminators]
+
+            def complete(part: Part) -> Losses:
+                if alone is None:
+                    with still_spectral(ran if phase.discriminators else ()):  # they ran before, for those
+                        out = self._generate(part, True)
+                else:
+                    out = alone
+                with self._autocast():
+                    return self.model.generator_losses(part.batch, out, phase)
+
+            with _frozen(self.model.networks[name] for name in phase.discriminators):
+                terms |= self._descend(step, parts, complete, phase.generators)
         if self.ema_decay:
             for key, value in self._averaged():
                 if value.is_floating_point():
                     self.ema[key].lerp_(value, 1 - self.ema_decay)
                 else:
                     self.ema[key].copy_(value)
-        return {key: value.detach() for key, value in terms.items()}
+        return terms
+
+    def _parts(self, step: int, batch: dict[str, Any]) -> list[Part]:
+        """A rank's photographs, `at_once` at a time."""
+        mine, world = len(batch["image"]), batch["whole"] / self.world
+        if not self.at_once or mine <= self.at_once:
+            return [Part(batch, _seed(self.seed, step, self.rank), mine / world)]
+        parts, count = [], -(-mine // self.at_once)
+        for number in range(count):
+            own = slice(number * mine // count, (number + 1) * mine // count)
+            cut = {
+                key: value[own] if isinstance(value, Tensor) and value.ndim else value
+                for key, value in batch.items()
+            }
+            seed = _seed(self.seed, step, self.rank, number)
+            parts.append(Part(cut, seed, len(cut["image"]) / world))
+        return parts
+
+    def _generate(self, part: Part, learns: bool) -> dict[str, Tensor]:
+        """The same for the same part, with gradients or without."""
+        assert self.phase is not None
+        torch.manual_seed(part.seed)
+        with torch.set_grad_enabled(learns), self._autocast():
+            return self.model.generate(part.batch, self.phase)
 
     def _set_rates(self, phase: Phase, factor: float) -> None:
         for name, optimiser in self.optimisers.items():
@@ -169,8 +215,10 @@ class Learner:
             return torch.optim.Adadelta(parameters)
         return torch.optim.Adam(parameters, betas=phase.betas, fused=True)
 
-    def _descend(self, step: int, losses: Mapping[str, Tensor], names: Iterable[str]) -> None:
-        """One optimiser step on the weighted sum, with gradients averaged over the ranks.
+    def _descend(
+        self, step: int, parts: Iterable[Part], losses_of: Callable[[Part], Losses], names: Iterable[str]
+    ) -> dict[str, Tensor]:
+        """One optimiser step on the weighted sum, with gradients averaged over the photographs of all ranks; the terms.
 
         A network's gradients lie in one flat tensor: one all_reduce instead of DDP's hooks, which change their
         buckets after the first iteration, so that a resumed run would sum in another order and differ in its last
@@ -181,15 +229,25 @@ class Learner:
         flats = [self.gradients[name] for name in names]
         for flat in flats:
             flat.zero_()
-        sum(weights[name] * value.to(flats[0]) for name, value in losses.items()).backward()  # type: ignore[union-attr]
+        terms: dict[str, Tensor] = {}
+        for number, part in enumerate(parts):
+            # one power iteration a step, whatever a forward pass holds
+            with still_spectral(self.model.networks.values() if number else ()):
+                losses = losses_of(part)
+            loss: Any = sum(weights[name] * value.to(flats[0]) for name, value in losses.items())
+            (loss if part.share == 1 else loss * part.share).backward()
+            for name, value in losses.items():
+                counted = value.detach() if part.share == 1 else value.detach() * part.share
+                terms[name] = terms[name] + counted if name in terms else counted
         for flat in flats:
             if self.world > 1:
                 dist.all_reduce(flat)
                 flat /= self.world
             if not torch.isfinite(flat.sum()):
-                raise NonFiniteLoss(self._blame(step, losses))
+                raise NonFiniteLoss(self._blame(step, terms))
         for name in names:
             self.optimisers[name].step()
+        return terms
 
     def _blame(self, step: int, losses: Mapping[str, Tensor]) -> str:
         """Which terms are not finite, asked of all ranks: only some of them may have seen it."""
@@ -214,20 +272,32 @@ class Learner:
         }
         moved.setdefault("edge", None)
         moved["image"] = moved["image"].contiguous(memory_format=layout)
-        moved["mask_mean"] = self.mean(moved["mask"].mean())
-        mine = len(moved["image"])  # of the global batch, which the ranks' parts make up end to end
-        numbers = np.random.default_rng([self.seed, step]).random((self.world * mine, UNIFORM))
-        part = torch.from_numpy(numbers[self.rank * mine : (self.rank + 1) * mine])
-        moved["uniform"] = part.to(moved["image"])
+        mine = len(moved["image"])
+        whole = moved["whole"] = batch.get("whole", self.world * mine)
+        part = batch.get("part", range(self.rank * mine, (self.rank + 1) * mine))
+        mean = moved["mask"].mean()
+        moved["mask_mean"] = self.mean(
+            mean if mine * self.world == whole else mean * (mine * self.world / whole)
+        )
+        numbers = np.random.default_rng([self.seed, step]).random((whole, UNIFORM))
+        moved["uniform"] = torch.from_numpy(numbers[part.start : part.stop]).to(moved["image"])
         return moved
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over the ranks, each of which has the same number of photographs."""
+        """The mean over the ranks."""
         if self.world > 1:
             value = value.clone()
             dist.all_reduce(value)
             value /= self.world
         return value
+
+    def total(self, count: int) -> int:
+        """The sum over the ranks."""
+        if self.world > 1:
+            counts = torch.tensor(count, device=self.device)
+            dist.all_reduce(counts)
+            return int(counts)
+        return count
 
     def _averaged(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors the moving average follows: all but the discriminators'."""
@@ -275,6 +345,10 @@ class Learner:
                     optimiser.load_state_dict(state["optimisers"][name])
                     _lay_out(optimiser)
         return int(state["step"])
+
+
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def _floats(value: Tensor, layout: torch.memory_format) -> Tensor:

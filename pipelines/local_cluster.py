@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -63,6 +64,7 @@ class LocalCluster:
     dashboard: int  # port of the dashboard and the Jobs API
     nodes: list[Node]
     wanted: int
+    cpus: int  # of each node
 
     @property
     def address(self) -> str:
@@ -163,26 +165,36 @@ def start(name: str, nodes: int, cpus: int, progress: Any = lambda *_: None) -> 
     folder.mkdir(parents=True, mode=0o700)
     temporary = Path(tempfile.mkdtemp(prefix="inpaint-"))
     port, dashboard, client = _free_ports(3)
-    cluster = LocalCluster(name, folder, temporary, port, dashboard, [], nodes)
+    cluster = LocalCluster(name, folder, temporary, port, dashboard, [], nodes, cpus)
     _write_secret(cluster.token, secrets.token_hex(32))
     cluster.save()
     head = ["--head", f"--port={port}", f"--ray-client-server-port={client}", "--include-dashboard=true"]
     head += [f"--dashboard-host={loopback.LOOPBACK}", f"--dashboard-port={dashboard}"]
-    other = [f"--address={cluster.address}"]
     deadline = time.monotonic() + START
     try:
-        _launch(cluster, "head", head, cpus)
+        _launch(cluster, "head", head)
         while not _answers(port):
             _check(cluster, deadline, "the head does not answer")
-        for number in range(1, nodes):
-            _launch(cluster, f"node-{number}", other, cpus)
-        while (counted := cluster.counted()) < nodes:
-            progress(counted, nodes)
-            _check(cluster, deadline, f"{counted} of {nodes} nodes are up")
+        replenish(cluster, progress)
     except BaseException:
         end(cluster)
         raise
     return cluster
+
+
+def replenish(cluster: LocalCluster, progress: Any = lambda *_: None) -> None:
+    """Start nodes in the place of those that died, and wait until the head counts all that are wanted."""
+    cluster.nodes = [node for node in cluster.nodes if node.alive]
+    taken = {node.name for node in cluster.nodes}
+    free = (name for number in itertools.count(1) if (name := f"node-{number}") not in taken)
+    for _ in range(cluster.wanted - len(cluster.nodes)):
+        name = next(free)
+        shutil.rmtree(cluster.temporary / name, ignore_errors=True)
+        _launch(cluster, name, [f"--address={cluster.address}"])
+    deadline = time.monotonic() + START
+    while (counted := cluster.counted()) < cluster.wanted:
+        progress(counted, cluster.wanted)
+        _check(cluster, deadline, f"{counted} of {cluster.wanted} nodes are up")
 
 
 def end(cluster: LocalCluster) -> int:
@@ -225,9 +237,9 @@ def environment(cluster: LocalCluster) -> dict[str, str]:
     }
 
 
-def _launch(cluster: LocalCluster, name: str, arguments: Sequence[str], cpus: int) -> None:
+def _launch(cluster: LocalCluster, name: str, arguments: Sequence[str]) -> None:
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments]
-    command += [f"--node-ip-address={loopback.LOOPBACK}", f"--node-name={name}", f"--num-cpus={cpus}"]
+    command += [f"--node-ip-address={loopback.LOOPBACK}", f"--node-name={name}", f"--num-cpus={cluster.cpus}"]
     command += [f"--object-store-memory={OBJECTS}", "--min-worker-port=0", "--max-worker-port=0"]
     command += ["--dashboard-agent-listen-port=0", "--disable-usage-stats"]
     command += [f"--temp-dir={cluster.temporary}/{name}"]  # which Ray lets everybody write; not so its parent

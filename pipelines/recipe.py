@@ -125,12 +125,36 @@ class Train(Section):
 class Scaling(Section):
     """Workers of one training and what each may use."""
 
-    workers: Positive = 1
+    workers: Positive | tuple[Positive, Positive] = Field(
+        1,
+        description="or [least, most]: as many as the cluster holds, more when nodes come and fewer when they go",
+    )
+    at_once: Positive | None = Field(
+        None,
+        description="photographs that a worker computes on at once; more of its part of the batch are accumulated",
+    )
+    resize_every: Annotated[float, Field(ge=1)] = Field(
+        60.0, description="seconds between two looks for room for more workers"
+    )
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
     max_failures: Annotated[int, Field(ge=0)] = Field(
         3, description="worker groups lost before training gives up"
     )
+
+    @model_validator(mode="after")
+    def _least_first(self) -> Scaling:
+        if self.least_workers > self.most_workers:
+            raise ValueError(f"workers = [{self.least_workers}, {self.most_workers}]: give [least, most]")
+        return self
+
+    @property
+    def least_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 WORDS = ("generated", "canny", "none")  # edge_connect's `edges`
@@ -338,10 +362,10 @@ class Recipe(Section):
                     f"train.checkpoint_every = {train.checkpoint_every} is no multiple of train.log_every = "
                     f"{train.log_every}: a resumed curve would have other means"
                 )
-            if batch % self.scaling.workers:
+            if batch < self.scaling.most_workers:
                 raise ValueError(
-                    f"train.batch = {batch} of model {key} cannot be dealt to scaling.workers = "
-                    f"{self.scaling.workers}: make it a multiple"
+                    f"train.batch = {batch} of model {key} has no photograph for each of scaling.workers = "
+                    f"{self.scaling.most_workers}"
                 )
             if batch % self.data.streams:
                 raise ValueError(

@@ -157,8 +157,11 @@ def _up(args: argparse.Namespace) -> int:
     with local_cluster.hold(args.name):
         found = local_cluster.find(args.name)
         if found is not None and found.up:
-            alive = sum(node.alive for node in found.nodes)
-            print(f"cluster {found.name} is up already, with {alive} of {found.wanted} nodes")
+            missing = found.wanted - sum(node.alive for node in found.nodes)
+            if missing:
+                local_cluster.replenish(found)
+            again = f", {missing} of them started again" if missing else ""
+            print(f"cluster {found.name} is up already, with {found.wanted} nodes{again}")
         else:
             if found is not None:
                 local_cluster.end(found)  # its head died

@@ -12,8 +12,10 @@ from pipelines import loopback
 SETTINGS = {
     # A report becomes a checkpoint when the controller polls: 2 s by default, and a crash inside goes one back.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    # An elastic training that lost a node asks for its room until Ray has noticed: 60 s by default.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # a notice is of half a minute in some clouds
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -24,6 +26,13 @@ SETTINGS = {
     "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
     "TQDM_DISABLE": "1",
     "WDS_SECURE": "1",
+}
+
+
+PRIVATE = {  # of a Ray of one node, without a dashboard
+    # Ray Train's cleaner would look for the dashboard for 12 s at the end of each training
+    "RAY_API_SERVER_ADDRESS": f"http://{loopback.LOOPBACK}:9",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 
 
@@ -40,8 +49,7 @@ def ray_session(debug: bool = False) -> Iterator[None]:
     import ray
 
     if address == "local":
-        # Ray Train's cleaner would look for the dashboard that is not there for 12 s at the end of each training
-        os.environ["RAY_API_SERVER_ADDRESS"] = f"http://{loopback.LOOPBACK}:9"
+        os.environ.update(PRIVATE)
     level = logging.INFO if debug else logging.ERROR
     dashboard = False if address == "local" else None
     ray.init(address=address, include_dashboard=dashboard, log_to_driver=debug, logging_level=level)

@@ -177,8 +177,9 @@ def lines(recipe: Recipe, photographs: int) -> list[str]:
     for key in recipe.models:
         train = training(recipe, key, photographs)
         guess = "" if train["counted"] else "; VGG's share is a guess"
-        shared = train["gpu_hours"] * (1 / recipe.scaling.workers)
-        workers = f" ({_hours(shared)} on {recipe.scaling.workers})" if recipe.scaling.workers > 1 else ""
+        most = recipe.scaling.most_workers
+        shared = train["gpu_hours"] * (1 / most)
+        workers = f" ({_hours(shared)} on {most})" if most > 1 else ""
         told.append(
             f"  {key:<15} {train['steps']:,} steps, {train['epochs']:.1f} epochs, {_hours(train['gpu_hours'])} of one GPU"
             f"{workers}, {_plain(train['loading_cores'])} cores to load for it{guess}"

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 
 from data_prep.storage import Storage
 from pipelines import tracking
+from pipelines.arrow_storage import ray_storage
 from pipelines.attempt import Progress
 from pipelines.durable import StepContext, Value
 from pipelines.ledger import Ledger
@@ -18,7 +19,6 @@ from pipelines.space import best_recipe, settings, sweep_of, swept_model, total_
 from pipelines.steps import tracked
 from pipelines.sweep_result import SweepResult, best_name, in_words
 from pipelines.tracking import Tracking
-from pipelines.train import ray_storage
 from pipelines.trial import Trials
 from pipelines.tuning import TUNE, Books, tune_trials
 
@@ -38,7 +38,7 @@ def search(ctx: StepContext, client: MlflowClient | None, run: str) -> Value:
     ledger = Ledger(ctx.storage, trials.local["trials"], trials.total - trials.start)
     books = Books(ledger, trials, _planned(recipe), client)
     books.show()
-    path, filesystem = ray_storage(ctx.storage.sub(ctx.work))
+    path, filesystem = ray_storage(ctx.storage, ctx.work)
     tune_trials(trials, ledger, books, ctx.local["at_once"], path, filesystem)
     ctx.storage.delete_tree(f"{ctx.work}/{TUNE}")
     books.settle()

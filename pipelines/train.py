@@ -5,32 +5,44 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import pyarrow.fs
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.exceptions import OutOfMemoryError
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointConsistencyMode,
+    CheckpointUploadMode,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+)
 from ray.train.torch import TorchTrainer
 
 from data_prep.cache import ShardCache
 from data_prep.storage import Storage
 from data_prep.stream import Stream
 from models import build_model
-from pipelines.bookkeeping import Bookkeeper, Meter
-from pipelines.job import TrainJob, train_worker
+from pipelines.arrow_storage import ray_storage
+from pipelines.attempt import root_cause
+from pipelines.bookkeeping import Bookkeeper, Meter, best_step
+from pipelines.job import TrainJob, out_of_memory, train_worker
 from pipelines.learner import Learner, make_schedule
 from pipelines.rendezvous import Rendezvous
 from pipelines.resources import local_options
 from pipelines.tracking import Point, Publisher
 from pipelines.validate import Validation
 
+FILES = ("state.pt", "journal.json")  # of a checkpoint
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 
 
@@ -38,22 +50,26 @@ def learn(job: TrainJob) -> None:
     """The training loop. Killed and resumed, it ends with the same bits as uninterrupted."""
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    meter, left = Meter(), False
     learner = make_learner(job, rank, world)
     start, journal = restore(job, learner)
     total = job.until or learner.schedule.total
     book = make_bookkeeper(job, learner, journal) if rank == 0 else None
-    stream, meter = make_stream(job, rank, world), Meter()
+    stream = make_stream(job, rank, world)
 
     for step, batch in enumerate(stream.batches(start, total), start):
         meter.waited()
-        meter.add(learner.step(step, batch))
+        meter.add(learner.step(step, batch), batch["keys"])
         done = step + 1
+        leaving = False
         if done % job.train["log_every"] == 0 or done == total:
             means = meter.means(learner, bad_samples=len(stream.bad))
             if book:
                 book.note(done, means)
-        if done % job.train["checkpoint_every"] == 0 or done == total:
-            save(job, learner, done, book)
+            leaving = not left and ray.train.get_preemption_info() is not None  # asks all ranks
+            left = left or leaving
+        if done % job.train["checkpoint_every"] == 0 or done == total or leaving:
+            save(job, learner, done, book, last=leaving or done == total)
         if book:
             book.show(done, total)
         meter.stepped()
@@ -119,6 +135,7 @@ def make_learner(job: TrainJob, rank: int, world: int) -> Learner:
         bfloat16=job.train["precision"] == "bfloat16",
         channels_last=job.train["channels_last"],
         compiled=job.train["compile"],
+        at_once=job.data["at_once"],
     )
 
 
@@ -144,17 +161,54 @@ def restore(job: TrainJob, learner: Learner) -> tuple[int, list[Point]]:
     return learner.load(state), journal
 
 
-def save(job: TrainJob, learner: Learner, done: int, book: Bookkeeper | None) -> None:
-    """Rank 0 hands the state to Ray Train; a barrier for the others. Only then are its points sent to MLflow."""
+def save(job: TrainJob, learner: Learner, done: int, book: Bookkeeper | None, last: bool) -> None:
+    """Rank 0 hands the state to Ray Train; a barrier for the others. To a bucket it travels while the training goes on.
+
+    MLflow gets what the checkpoint before this one holds, which is committed by now: nothing that a crash could take
+    back. After the `last` checkpoint its own is waited for.
+    """
     name = f"step-{done:08d}"
     if book is None:
         ray.train.report({"step": done}, checkpoint_dir_name=name)
         return
+    settle(job, book)
     book.look(done)
-    with tempfile.TemporaryDirectory() as temporary:
-        _write(Path(temporary), learner.state(done), book.journal)
-        ray.train.report({"step": done}, checkpoint=Checkpoint(temporary), checkpoint_dir_name=name)
+    bucket = job.storage.path() is None
+    folder = Path(tempfile.mkdtemp())
+    try:
+        _write(folder, learner.state(done), book.journal)
+        ray.train.report(
+            {"step": done},
+            checkpoint=Checkpoint(folder),
+            checkpoint_dir_name=name,
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC if bucket else CheckpointUploadMode.SYNC,
+            checkpoint_upload_fn=partial(_upload, job) if bucket else None,
+            delete_local_checkpoint_after_upload=True,
+        )
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if last:
+        settle(job, book)
+
+
+def settle(job: TrainJob, book: Bookkeeper) -> None:
+    """Once the newest checkpoint is committed: its points to MLflow, and itself kept if it is the best so far."""
+    if not book.looked:
+        return
+    ray.train.get_all_reported_checkpoints(CheckpointConsistencyMode.COMMITTED)
+    if book.best == book.looked:
+        for file in FILES:
+            job.storage.copy(f"{job.checkpoints}/step-{book.looked:08d}/{file}", f"{job.best}/{file}")
     book.publish()
+
+
+def _upload(job: TrainJob, checkpoint: Checkpoint, name: str) -> Checkpoint:
+    """By our own storage, which outlasts a bucket that is away for a while."""
+    for file in FILES:
+        job.storage.upload(Path(checkpoint.path) / file, f"{job.checkpoints}/{name}/{file}")
+    storage = ray.train.get_context().get_storage()
+    return Checkpoint(f"{storage.experiment_fs_path}/{name}", storage.storage_filesystem)
 
 
 def fit(
@@ -163,29 +217,37 @@ def fit(
     """Train to the end under Ray Train; a run of this name in this folder of the storage is resumed.
 
     Returns the last checkpoint's state and the journal of the curves. Raises ValueError when a worker met an error
-    that would only come again (a loss that is not finite, say), or Ray's own error once more than `max_failures`
-    worker groups were lost.
+    that would only come again (a loss that is not finite, too little memory), or Ray's own error once more than
+    `max_failures` worker groups were lost.
     """
     job.storage.delete(job.fatal)
-    path, filesystem = ray_storage(job.storage.sub(folder))
-    result = TorchTrainer(
-        train_worker,
-        train_loop_config={"job": job},
-        torch_config=Rendezvous(backend="nccl" if scaling["gpus_per_worker"] else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=scaling["workers"],
-            use_gpu=scaling["gpus_per_worker"] > 0,
-            resources_per_worker={"CPU": scaling["cpus_per_worker"]}
-            | ({"GPU": scaling["gpus_per_worker"]} if scaling["gpus_per_worker"] else {}),
-        ),
-        run_config=RunConfig(
-            name=name,
-            storage_path=path,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=scaling["max_failures"]),
-            checkpoint_config=CheckpointConfig(num_to_keep=job.train["keep"]),
-        ),
-    ).fit()
+    path, filesystem = ray_storage(job.storage, folder)
+    per_worker = {"CPU": scaling["cpus_per_worker"], "GPU": scaling["gpus_per_worker"]}
+    workers = scaling["workers"]
+    try:
+        result = TorchTrainer(
+            train_worker,
+            train_loop_config={"job": job},
+            torch_config=Rendezvous(backend="nccl" if scaling["gpus_per_worker"] else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=workers if isinstance(workers, int) else tuple(workers),  # type: ignore[arg-type]
+                elastic_resize_monitor_interval_s=scaling["resize_every"],  # type: ignore[call-arg]  # Train V2's own
+                use_gpu=scaling["gpus_per_worker"] > 0,
+                resources_per_worker={kind: number for kind, number in per_worker.items() if number},
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=path,
+                storage_filesystem=filesystem,
+                failure_config=FailureConfig(max_failures=scaling["max_failures"]),
+                checkpoint_config=CheckpointConfig(num_to_keep=job.train["keep"]),
+            ),
+        ).fit()
+    except Exception as error:
+        if isinstance(root_cause(error), OutOfMemoryError):
+            least = workers if isinstance(workers, int) else workers[0]
+            raise ValueError(out_of_memory(job, least)) from error
+        raise
     if job.storage.exists(job.fatal):
         raise ValueError(job.storage.read(job.fatal).decode())
     if result.error or result.checkpoint is None:
@@ -201,6 +263,15 @@ def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[Point]
         return _read(Path(folder))
 
 
+def read_best(job: TrainJob, journal: list[Point]) -> dict[str, Any] | None:
+    """The state with the best look at held-out photographs; None where that is the last one, or was not kept."""
+    step = best_step(journal)
+    if step == journal[-1][0] or not job.storage.exists(f"{job.best}/{FILES[0]}"):
+        return None
+    state, _ = read_part(job.storage.sub(job.best))
+    return state if state["step"] == step else None
+
+
 def write_part(storage: Storage, state: dict[str, Any], journal: list[Point]) -> list[str]:
     """Keep the end of a part of a schedule, from which another training goes on; returns the files' names."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -212,7 +283,7 @@ def write_part(storage: Storage, state: dict[str, Any], journal: list[Point]) ->
 
 def read_part(storage: Storage) -> tuple[dict[str, Any], list[Point]]:
     with tempfile.TemporaryDirectory() as temporary:
-        for name in ("state.pt", "journal.json"):
+        for name in FILES:
             storage.download(name, Path(temporary) / name)
         return _read(Path(temporary))
 
@@ -220,7 +291,7 @@ def read_part(storage: Storage) -> tuple[dict[str, Any], list[Point]]:
 def _write(folder: Path, state: dict[str, Any], journal: list[Point]) -> list[str]:
     torch.save(state, folder / "state.pt")
     (folder / "journal.json").write_text(json.dumps(journal))
-    return ["state.pt", "journal.json"]
+    return list(FILES)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[Point]]:
@@ -228,14 +299,3 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Point]]:
     state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     journal = json.loads((folder / "journal.json").read_text())
     return state, [(int(step), values) for step, values in journal]
-
-
-def ray_storage(storage: Storage) -> tuple[str, pyarrow.fs.FileSystem | None]:
-    """How Ray Train names our storage: a folder's path, or bucket/prefix with a file system for its endpoint."""
-    path = storage.path()
-    if path is not None:
-        return str(path), None
-    bucket = urlsplit(storage.uri)
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    filesystem = pyarrow.fs.S3FileSystem(endpoint_override=endpoint)
-    return f"{bucket.netloc}{bucket.path}".rstrip("/"), filesystem

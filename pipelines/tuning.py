@@ -109,8 +109,9 @@ def _whole_population(proposals: Proposals) -> dict[str, Any]:
 def room(scaling: Mapping[str, Any]) -> int:
     """How many trainings the cluster holds side by side now; at least one."""
     there = ray.cluster_resources()
+    workers = scaling["workers"] if isinstance(scaling["workers"], int) else scaling["workers"][1]
     needs = {"CPU": scaling["cpus_per_worker"], "GPU": scaling["gpus_per_worker"]}
-    fits = [int(there.get(name, 0) // (scaling["workers"] * each)) for name, each in needs.items() if each]
+    fits = [int(there.get(name, 0) // (workers * each)) for name, each in needs.items() if each]
     return max(1, min(fits, default=1))
 
 

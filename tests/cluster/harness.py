@@ -45,6 +45,7 @@ class Run:
     folder: Path
     recipe: dict = field(default_factory=lambda: json.loads(json.dumps(RECIPE)))
     command: str = "run"
+    environment: dict[str, str] = field(default_factory=dict)
     output: str = ""
 
     def __post_init__(self) -> None:
@@ -64,7 +65,7 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=clean_environment(),
+            env=clean_environment() | self.environment,
             start_new_session=True,
         )
 

@@ -89,3 +89,30 @@ def _answers(uri: str) -> bool:
             return response.status == 200
     except OSError:
         return False
+
+
+class RestartedServer:
+    """A real MLflow server over a SQLite file, which can be ended and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.port = free_port()
+        self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        store, artifacts = f"sqlite:///{self.folder / 'mlflow.db'}", str(self.folder / "artifacts")
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--backend-store-uri", store, "--artifacts-destination", artifacts, "--workers", "1"]
+        self.process = subprocess.Popen(
+            command,
+            env=clean_environment() | {"PYTHONUNBUFFERED": "1", "PATH": os.environ["PATH"]},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        wait_for(lambda: _answers(self.uri), "the MLflow server")
+
+    def stop(self) -> None:
+        if self.process:
+            kill(family(self.process.pid))
+            self.process.wait()
+            self.process = None

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -283,21 +284,22 @@ def packages(place: Place) -> list[Path]:
 
 
 def test_a_job_that_fails_and_one_that_is_left(place: Place) -> None:
-    source = place.folder / "nothing-here"
-    missing = ["demo", "--set", f"data.source={source}", "--storage", str(place.folder / "failed")]
-    process = place.inpaint("submit", *missing, "--address", place.cluster.jobs)
-    assert process.stdout is not None
-    assert " is submitted to " in process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    left, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, left
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # which the job waits for
+        tracking = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        where = ["--storage", str(place.folder / "failed"), "--tracking", tracking]
+        process = place.inpaint("submit", "demo", *where, "--address", place.cluster.jobs)
+        assert process.stdout is not None
+        assert " is submitted to " in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        left, _ = process.communicate(timeout=60)
+        assert process.returncode == 130, left
     again = re.search(r"inpaint (submit --attach \S+ --address \S+)", left)
     assert again, left
 
     status, output = place.call(*again[1].split())
     assert status == 1
     last = output.strip().splitlines()[-1]
-    assert re.match(r"inpaint submit: job demo-\S+ failed: .*nothing-here", last), output
+    assert re.match(rf"inpaint submit: job demo-\S+ failed: .*{tracking}", last), output
 
 
 def test_without_the_token(place: Place) -> None:

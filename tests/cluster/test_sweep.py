@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from harness import Run, clean_environment, digest, family, kill, wait_for
-from ports import free_port
+from harness import Run, digest, family, kill, wait_for
+from mlflow_server import RestartedServer
 
 from pipelines.reading import load_recipe
 from pipelines.sweep_result import FAILED, FINISHED, STOPPED, SweepResult
@@ -126,7 +120,7 @@ def test_what_trials_share_is_trained_once_and_a_server_may_restart_meanwhile(
     parts = {"scheduler": "median", "every": 5}  # which stops nobody before there are three
     run = make_sweep(make_run, "shared", model, steps, fields={"model.lambda_adv2": [0.5, 0.01]}, **parts)
     run.storage.mkdir()
-    server = Server(run.storage)
+    server = RestartedServer(run.storage)
     server.start()
     try:
         driver = run.start("--tracking", server.uri)
@@ -155,37 +149,3 @@ def test_what_trials_share_is_trained_once_and_a_server_may_restart_meanwhile(
     assert plain.finish() == 0, plain.output
     assert digest(run.storage / found.trials[1].weights) == plain.weights("model")
     assert digest(run.storage / found.trials[0].weights) != plain.weights("model")
-
-
-class Server:
-    """A real MLflow server over a SQLite file, which can be ended and started again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.port = free_port()
-        self.folder, self.uri = folder, f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        store, artifacts = f"sqlite:///{self.folder / 'mlflow.db'}", str(self.folder / "artifacts")
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--backend-store-uri", store, "--artifacts-destination", artifacts, "--workers", "1"]
-        self.process = subprocess.Popen(
-            command,
-            env=clean_environment() | {"PYTHONUNBUFFERED": "1", "PATH": os.environ["PATH"]},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.uri}/health", timeout=1)
-                return
-            except OSError:
-                assert time.monotonic() < deadline, "MLflow's server does not start"
-                time.sleep(0.1)
-
-    def stop(self) -> None:
-        if self.process:
-            kill(family(self.process.pid))
-            self.process.wait()
-            self.process = None

@@ -27,6 +27,8 @@ from pipelines.learner import Learner, NonFiniteLoss, make_schedule
 
 PLAIN = {"lambda_p": 0, "lambda_s": 0, "lambda_perceptual": 0, "lambda_style": 0, "overlap": 0}  # for speed
 
+RANKS = (2, 3)  # of 7 photographs
+
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on CPUs")
 
 
@@ -39,6 +41,7 @@ def make(
     each: int = 0,
     compiled: bool = False,
     channels_last: bool = False,
+    at_once: int | None = None,
     **options,
 ) -> Learner:
     """Every phase, of `each` steps (0: two, or as many as the generators need to learn once and a step more)."""
@@ -47,21 +50,31 @@ def make(
     steps = {phase.name: each or phase.critic_steps + 1 for phase in model.phases}
     schedule = make_schedule(model, steps)
     return Learner(
-        model, schedule, 0, rank, world, ema_decay=ema, compiled=compiled, channels_last=channels_last
+        model,
+        schedule,
+        0,
+        rank,
+        world,
+        ema_decay=ema,
+        compiled=compiled,
+        channels_last=channels_last,
+        at_once=at_once,
     )
 
 
-def batch(step: int, part: slice = slice(None), dtype: type = np.float32) -> dict[str, np.ndarray]:
+def batch(step: int, part: slice = slice(None), dtype: type = np.float32) -> dict[str, Any]:
     rng = np.random.default_rng(step)
-    image = rng.random((6, 3, 32, 32))
-    mask = np.zeros((6, 1, 32, 32))
-    for i, width in enumerate((8, 10, 12, 14, 9, 11)):  # different hole areas on the ranks
+    image = rng.random((7, 3, 32, 32))
+    mask = np.zeros((7, 1, 32, 32))
+    for i, width in enumerate((8, 10, 12, 14, 9, 11, 13)):  # different hole areas on the ranks
         mask[i, 0, 8 : 8 + width, 8:20] = 1
-    edge = rng.random((6, 1, 32, 32)) < 0.1
+    edge = rng.random((7, 1, 32, 32)) < 0.1
     return {
         "image": image[part].astype(dtype),
         "mask": mask[part].astype(dtype),
         "edge": edge[part].astype(dtype),
+        "part": range(7)[part],
+        "whole": 7,
     }
 
 
@@ -111,13 +124,16 @@ def gradients(
     return found
 
 
-def gradients_of_rank(small, name: str, rank: int, world: int) -> dict[str, torch.Tensor]:
+def gradients_of_rank(
+    small, name: str, rank: int, world: int, at_once: int | None = None
+) -> dict[str, torch.Tensor]:
     """In float64. Batch norm uses its running statistics here: while it learns, each rank's statistics are of its own
     photographs, which no number of ranks can share on CPUs."""
     torch.set_num_threads(1)
-    learner = make(small, name, rank, world, ema=0, lambda_p=0.02, lambda_s=1.0, lambda_perceptual=0.02)
+    terms = {"lambda_p": 0.02, "lambda_s": 1.0, "lambda_perceptual": 0.02}
+    learner = make(small, name, rank, world, ema=0, at_once=at_once, **terms)
     learner.model.double()
-    return gradients(learner, slice(rank * 6 // world, (rank + 1) * 6 // world), running_statistics=True)
+    return gradients(learner, slice(rank * 7 // world, (rank + 1) * 7 // world), running_statistics=True)
 
 
 class _Still(torch.optim.Optimizer):
@@ -134,19 +150,19 @@ def _rank(rank: int, world: int, folder: str, small, names: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def of_ranks(small, tmp_path_factory) -> Path:
-    """What 2 and what 3 ranks got, in files: one start of processes serves all models."""
+    """What each number of ranks got, in files: one start of processes serves all models."""
     folder = tmp_path_factory.mktemp("ranks")
-    for world in (2, 3):
+    for world in RANKS:
         mp.spawn(_rank, args=(world, str(folder), small, list_models()), nprocs=world)
     return folder
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_two_and_three_ranks_average_to_the_gradients_of_one(name: str, small, of_ranks: Path) -> None:
-    """Spectral norm, gradient penalties, random places and 1 / mean(mask) included."""
+def test_any_number_of_ranks_averages_to_the_gradients_of_one(name: str, small, of_ranks: Path) -> None:
+    """Spectral norm, gradient penalties, random places and 1 / mean(mask) included, with parts that are not equal."""
     alone = gradients_of_rank(small, name, 0, 1)
     assert all(flat.abs().sum() > 0 for flat in alone.values())
-    for world in (2, 3):
+    for world in RANKS:
         for rank in range(world):
             shared = torch.load(of_ranks / f"{name}-{world}-{rank}.pt", weights_only=True)
             assert shared.keys() == alone.keys()
@@ -155,6 +171,41 @@ def test_two_and_three_ranks_average_to_the_gradients_of_one(name: str, small, o
                 torch.testing.assert_close(
                     shared[key], flat, rtol=1e-7, atol=1e-10, msg=f"{key}, {world} ranks"
                 )
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_accumulated_gradients_are_those_of_the_whole_batch(name: str, small) -> None:
+    """In parts of 4 and 3 photographs: the same generators, power iterations and random numbers."""
+    whole, parts = (gradients_of_rank(small, name, 0, 1, at_once) for at_once in (None, 4))
+    for key, flat in whole.items():
+        torch.testing.assert_close(parts[key], flat, rtol=1e-7, atol=1e-10, msg=key)
+
+
+@pytest.mark.parametrize("name", ["edge_connect", "deepfill_v2"])
+def test_spectral_norm_goes_on_alike_whatever_is_held_at_once(name: str, small) -> None:
+    """Its vectors after a step of each phase: one power iteration for every time that the whole batch has."""
+    vectors = []
+    for at_once in (None, 2):
+        learner = make(small, name, ema=0, at_once=at_once)
+        learner.model.double()
+        gradients(learner)
+        vectors.append({k: v for k, v in learner.model.state_dict().items() if k.endswith(("._u", "._v"))})
+    assert vectors[0]
+    for key, value in vectors[0].items():
+        torch.testing.assert_close(vectors[1][key], value, rtol=1e-9, atol=1e-12, msg=key)
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_accumulating_learners_resume_to_the_same_bits(name: str, small) -> None:
+    whole = make(small, name, at_once=4)
+    whole.step(0, batch(0))
+    resumed = make(small, name, at_once=4)
+    resumed.load(copy.deepcopy(whole.state(1)))
+    for step in range(1, whole.schedule.total):
+        whole.step(step, batch(step))
+        resumed.step(step, batch(step))
+    for a, b in zip(fingerprint(whole), fingerprint(resumed), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", list_models())

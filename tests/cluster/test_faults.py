@@ -1,0 +1,358 @@
+"""Trainings on a cluster of three Ray nodes under real kills: they end well, with the bits of an undisturbed one.
+
+`make soak` runs twenty random schedules of faults.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import boto3
+import psutil
+import pytest
+from faulty_proxy import faulty_proxy
+from harness import Run, clean_environment, family, kill, wait_for
+from mlflow_server import RestartedServer
+
+from data_prep.storage import open_storage
+from data_prep.stream import Stream
+from pipelines import local_cluster
+from pipelines.bookkeeping import SUM, samples_sum
+from pipelines.reading import parse_recipe
+
+pytestmark = pytest.mark.timeout(900)
+
+STEPS, EVERY, LOG = 600, 20, 5
+SOAK = int(os.environ.get("INPAINT_SOAK", "0"))  # schedules
+
+
+class Nodes:
+    """Three nodes of one CPU each; they can be lost, and started again."""
+
+    def __init__(self) -> None:
+        self.cluster = local_cluster.start("faults", nodes=3, cpus=1)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"RAY_ADDRESS": self.cluster.address, **local_cluster.environment(self.cluster)}
+
+    def workers(self) -> list[psutil.Process]:
+        """The training's, in the order of their start."""
+        return [p for p in self.cluster.processes() if "RayTrainWorker" in _command(p)]
+
+    def homes(self) -> list[local_cluster.Node]:
+        """The nodes without the head that training workers are on."""
+        pids = {process.pid for process in self.workers()}
+        return [n for n in self.cluster.nodes[1:] if pids & {member.pid for member in family(n.pid)}]
+
+    def lose(self, node: local_cluster.Node) -> None:
+        kill(family(node.pid))
+        wait_for(lambda: not node.alive, "the node's end")
+
+    def drain(self, node: local_cluster.Node, seconds: int) -> None:
+        """What a cloud's notice makes Ray's autoscaler say of a spot machine."""
+        token = self.cluster.token.read_text()
+        asked = urllib.request.Request(
+            f"{self.cluster.jobs}/nodes?view=summary", headers={"Authorization": f"Bearer {token}"}
+        )
+        with urllib.request.urlopen(asked) as answer:
+            found = [one["raylet"] for one in json.load(answer)["data"]["summary"]]
+        (number,) = [
+            one["nodeId"] for one in found if one["nodeName"] == node.name and one["state"] == "ALIVE"
+        ]
+        command = [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "drain-node",
+            "--address",
+            self.cluster.address,
+        ]
+        command += [
+            "--node-id",
+            number,
+            "--reason",
+            "DRAIN_NODE_REASON_PREEMPTION",
+            "--reason-message",
+            "spot",
+        ]
+        command += ["--deadline-remaining-seconds", str(seconds)]
+        subprocess.run(command, env=clean_environment() | self.environment, check=True, timeout=60)
+
+    def begin_anew(self) -> None:
+        """Everything killed, the head first, and another cluster in its place."""
+        kill(family(self.cluster.nodes[0].pid))
+        kill(self.cluster.processes())
+        local_cluster.end(self.cluster)
+        self.cluster = local_cluster.start("faults", nodes=3, cpus=1)
+
+
+def _command(process: psutil.Process) -> str:
+    with suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        for key, value in clean_environment().items():
+            patch.setenv(key, value)
+        patch.delenv("RAY_ADDRESS", raising=False)
+        running = Nodes()
+        try:
+            yield running
+        finally:
+            local_cluster.end(running.cluster)
+
+
+def _training(make_run: Callable[..., Run], nodes: Nodes, name: str, scaling: dict, **changes: object) -> Run:
+    run = make_run(name, scaling=scaling, edges="none", **changes)
+    run.command = "train"
+    model = run.recipe["models"]["context_encoder"] | {"train": {"steps": {"train": STEPS}}}
+    run.recipe["models"] = {"context_encoder": model}
+    run.recipe["train"] = run.recipe["train"] | {"checkpoint_every": EVERY, "log_every": LOG}
+    run.environment = nodes.environment
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    nodes: Nodes, photographs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], Run]:
+    """The run of a number of ranks that nothing happened to."""
+
+    @cache
+    def of(ranks: int) -> Run:
+        def make(name: str, **changes: object) -> Run:
+            run = Run(tmp_path_factory.mktemp(name))
+            run.recipe["data"]["source"] = str(photographs)
+            run.recipe |= changes
+            return run
+
+        run = _training(make, nodes, f"undisturbed-{ranks}", {"workers": ranks})
+        assert run.finish() == 0, run.output
+        return run
+
+    return of
+
+
+def curves(run: Run, metric: str) -> list[tuple[int, float]]:
+    return run.rows(f"select step, value from metrics where key = '{metric}' order by step, timestamp")
+
+
+def expected_samples(run: Run) -> list[tuple[int, float]]:
+    """What a single reader of the shards would see between the log points of the whole training."""
+    recipe = parse_recipe({"name": "small", **run.recipe})
+    stream = Stream(
+        open_storage(run.storage).sub(run.value("shard")["shards"]),
+        "train",
+        size=recipe.data.size,
+        batch=recipe.train.batch,
+        masks="center",
+        seed=recipe.seed,
+        streams=recipe.data.streams,
+    )
+    sums = [samples_sum(stream.batch(step)["keys"]) for step in range(STEPS)]
+    return [(end, float(sum(sums[end - LOG : end]) % SUM)) for end in range(LOG, STEPS + 1, LOG)]
+
+
+def check(run: Run) -> None:
+    """Every sample once an epoch, and every point once."""
+    assert curves(run, "data/samples_sum") == expected_samples(run)
+    assert run.rows("select run_uuid, key, step from metrics group by 1, 2, 3 having count(*) > 1") == []
+    assert [step for step, _ in curves(run, "loss/rec")] == list(range(LOG, STEPS + 1, LOG))
+    assert run.leftovers() == []
+
+
+# -- schedules -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Schedule:
+    """Faults of a random order at random steps, and what they are done to."""
+
+    seed: int
+    ranks: int
+    kinds: list[str]
+    nodes: Nodes
+    run: Run
+
+    def play(self) -> None:
+        dice = random.Random(self.seed)
+        driver = self.run.start()
+        at, room = 0, STEPS // EVERY // (len(self.kinds) + 1)
+        for kind in self.kinds:
+            at += dice.randint(1, room)
+            reached = f"step-{at * EVERY:08d}"
+            wait_for(
+                lambda reached=reached: (
+                    self.run.latest("context_encoder") >= reached and self.nodes.workers()
+                ),
+                f"{kind} at {reached}",
+                driver,
+            )
+            time.sleep(dice.uniform(0, 0.3))  # in the middle of some step
+            driver = getattr(self, f"lose_{kind}")(dice, driver)
+        assert self.run.finish(driver) == 0, f"{self.kinds}: {self.run.output}"
+
+    def lose_worker(self, dice: random.Random, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
+        kill([dice.choice(found)] if (found := self.nodes.workers()) else [])
+        return driver
+
+    def lose_node(self, dice: random.Random, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
+        if homes := self.nodes.homes():
+            self.nodes.lose(dice.choice(homes))
+            local_cluster.replenish(self.nodes.cluster)
+        return driver
+
+    def lose_driver(self, dice: random.Random, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
+        driver.kill()
+        driver.wait()
+        return self.run.start()
+
+    def lose_everything(self, dice: random.Random, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
+        self.nodes.begin_anew()
+        driver.wait(timeout=120)  # it says so, and ends
+        self.run.environment = self.nodes.environment
+        return self.run.start()
+
+
+KINDS = ("worker", "node", "driver", "everything")
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_whatever_is_killed_the_weights_are_those_of_an_undisturbed_training(
+    ranks: int, nodes: Nodes, undisturbed: Callable[[int], Run], make_run: Callable[..., Run]
+) -> None:
+    quiet = undisturbed(ranks)
+    check(quiet)
+    kinds = list(KINDS)
+    random.Random(ranks).shuffle(kinds)
+    run = _training(make_run, nodes, f"disturbed-{ranks}", {"workers": ranks, "max_failures": 10})
+    Schedule(ranks, ranks, kinds, nodes, run).play()
+    assert run.weights("context_encoder") == quiet.weights("context_encoder")
+    check(run)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(SOAK or 20))
+def test_any_schedule_of_faults_ends_with_the_same_bits(
+    seed: int, nodes: Nodes, undisturbed: Callable[[int], Run], make_run: Callable[..., Run]
+) -> None:
+    dice = random.Random(1000 + seed)
+    ranks = dice.choice((2, 3))
+    kinds = [dice.choice(KINDS) for _ in range(dice.randint(2, 5))]
+    quiet = undisturbed(ranks)
+    run = _training(make_run, nodes, f"soak-{seed}", {"workers": ranks, "max_failures": 10})
+    Schedule(seed, ranks, kinds, nodes, run).play()
+    assert run.weights("context_encoder") == quiet.weights("context_encoder"), kinds
+    check(run)
+
+
+# -- a cluster that shrinks and grows --------------------------------------------------------------------------
+
+
+def test_elastic_from_two_workers_to_one_and_back(nodes: Nodes, make_run: Callable[..., Run]) -> None:
+    local_cluster.replenish(nodes.cluster)
+    run = _training(make_run, nodes, "elastic", {"workers": [1, 2], "max_failures": 10, "resize_every": 1})
+    driver = run.start()
+    wait_for(lambda: run.latest("context_encoder") and len(nodes.workers()) == 2, "two workers", driver)
+    before = run.latest("context_encoder")
+    for node in nodes.cluster.nodes[1:]:
+        nodes.lose(node)
+    wait_for(lambda: run.latest("context_encoder") > before and len(nodes.workers()) == 1, "one", driver)
+    local_cluster.replenish(nodes.cluster)
+    wait_for(lambda: len(nodes.workers()) == 2, "two again", driver)
+    assert run.finish(driver) == 0, run.output
+    check(run)
+
+
+# -- servers and machines that go away -------------------------------------------------------------------------
+
+
+def test_mlflow_is_away_for_a_while_and_no_point_is_lost(nodes: Nodes, make_run: Callable[..., Run]) -> None:
+    run = _training(make_run, nodes, "no-mlflow", {"workers": 2})
+    run.storage.mkdir()
+    server = RestartedServer(run.storage)
+    server.start()
+    try:
+        driver = run.start("--tracking", server.uri)
+        wait_for(lambda: run.latest("context_encoder") >= "step-00000040", "two checkpoints", driver)
+        server.stop()
+        wait_for(lambda: run.latest("context_encoder") >= "step-00000300", "the middle", driver)
+        time.sleep(60 if SOAK else 5)
+        server.start()
+        assert run.finish(driver) == 0, run.output
+    finally:
+        server.stop()
+    check(run)
+
+
+def test_a_bucket_that_is_away_for_20_seconds_costs_no_worker(s3: str, make_run: Callable[..., Run]) -> None:
+    """Checkpoints wait, while the training goes on up to the next one."""
+    with faulty_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        run = make_run("no-bucket", edges="none", scaling={"max_failures": 0})
+        run.command = "train"
+        model = run.recipe["models"]["context_encoder"] | {"train": {"steps": {"train": 200}}}
+        run.recipe |= {"models": {"context_encoder": model}, "storage": f"{s3}/runs"}
+        run.recipe["tracking"] = f"sqlite:///{run.folder}/mlflow.db"
+        run.environment = {"AWS_ENDPOINT_URL": proxy.uri}
+        client = boto3.client("s3")
+        bucket = s3.removeprefix("s3://")
+
+        def keys(part: str) -> list[str]:
+            listed = client.list_objects_v2(Bucket=bucket, Prefix="runs/").get("Contents", [])
+            return [item["Key"] for item in listed if part in item["Key"]]
+
+        driver = run.start(storage=False)
+        wait_for(lambda: keys("/step-00000040/state.pt"), "two checkpoints", driver)
+        proxy.down(20)
+        assert run.finish(driver) == 0, run.output
+        (attempt,) = keys("attempts/") and [key for key in keys("attempts/") if "-train-" in key]
+        assert attempt.endswith("/1.json")
+
+
+def test_a_node_that_announces_its_end_leaves_a_checkpoint(
+    nodes: Nodes, undisturbed: Callable[[int], Run], make_run: Callable[..., Run]
+) -> None:
+    """As a spot machine's: the work since the last checkpoint is not lost."""
+    local_cluster.replenish(nodes.cluster)
+    run = _training(make_run, nodes, "spot", {"workers": 2, "max_failures": 0})
+    run.recipe["train"]["checkpoint_every"] = 500
+    driver = run.start()
+    wait_for(lambda: len(nodes.workers()) == 2 and nodes.homes(), "two workers", driver)
+    leaving = nodes.homes()[0]
+    nodes.drain(leaving, 30)
+    wait_for(lambda: run.latest("context_encoder"), "a checkpoint", driver)
+    assert int(run.latest("context_encoder").removeprefix("step-")) % 500
+    nodes.lose(leaving)
+    local_cluster.replenish(nodes.cluster)
+    assert run.finish(driver) == 0, run.output
+    assert run.weights("context_encoder") == undisturbed(2).weights("context_encoder")
+
+
+def test_too_little_memory_names_the_batch_and_what_to_change(
+    nodes: Nodes, make_run: Callable[..., Run]
+) -> None:
+    run = _training(make_run, nodes, "memory", {"workers": 2})
+    run.recipe["models"]["context_encoder"]["width"] = 5000  # terabytes
+    assert run.finish() == 1
+    assert re.search(
+        r"ran out of memory with 4 photographs of 32 px at once \(train\.batch = 8 over 2 workers\): set "
+        r"scaling\.at_once = 2",
+        run.output,
+    ), run.output
