@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,7 +16,9 @@ from models.attention import ContextualAttention, flow_picture
 from models.base import Model
 from models.edge_connect import EdgeConnect, grey
 from pipelines.evaluate import Completer
-from pipelines.loading import LoadedModel
+
+if TYPE_CHECKING:
+    from pipelines.loading import LoadedModel  # not to import: tasks that score would wait for MLflow
 
 
 @dataclass(frozen=True)

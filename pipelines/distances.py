@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,13 +67,22 @@ def settled(distance: DistanceSpec, images: Sequence[np.ndarray]) -> DistanceSpe
     return replace(distance, size=size, layer=distance.layer or DEFAULT_LAYERS.get(distance.features))
 
 
+@functools.lru_cache(maxsize=1)
+def _kept_features(spec: DistanceSpec) -> Pool:
+    """pooled_features, loaded once by a process that is given slice after slice."""
+    return pooled_features(spec)
+
+
 @dataclass(frozen=True)
 class CropFeatures:
-    """Features of fixed crops: at the same places of a photograph for every method, drawn from (seed, its number)."""
+    """Features of fixed crops: at the same places of a photograph for every method, drawn from (seed, its number).
+
+    `pool` None: the stack that `spec` names, which each process loads for itself; so this may travel to a task.
+    """
 
     spec: DistanceSpec
     seed: int
-    pool: Pool
+    pool: Pool | None = None
 
     def __call__(self, images: Sequence[np.ndarray], start: int) -> np.ndarray:
         """float [len(images) * crops, d] of photographs start, start + 1..."""
@@ -85,7 +95,7 @@ class CropFeatures:
             for _ in range(self.spec.crops):
                 top, left = (int(rng.integers(side - size + 1)) for side in image.shape[:2])
                 crops.append(image[top : top + size, left : left + size])
-        return self.pool(np.stack(crops))
+        return (self.pool or _kept_features(self.spec))(np.stack(crops))
 
 
 def distances(spec: DistanceSpec, real: np.ndarray, fake: np.ndarray | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import version
 from itertools import islice
@@ -19,10 +19,10 @@ import numpy as np
 
 from data_prep.masks import fixed_masks
 from models import classical
-from pipelines.distances import CropFeatures, DistanceSpec, Pool, distances, pooled_features, settled
+from pipelines.distances import CropFeatures, DistanceSpec, Pool, distances, settled
 from pipelines.metrics import DEFINITIONS
 from pipelines.scores import Evaluation, Values
-from pipelines.slices import Completer, Slice, SliceScores, score_slice
+from pipelines.slices import Completer, Slice, SliceScores, Terms, score_slice
 from pipelines.tables import table_markdown, table_text
 
 __all__ = [
@@ -32,11 +32,18 @@ __all__ = [
     "EvaluationSpec",
     "baselines",
     "evaluate",
+    "in_turn",
     "table_markdown",
     "table_text",
 ]
 
 SLICE = 8
+SCORED = "photographs scored"
+
+Progress = Callable[[int, int, str], None]
+"""(photographs done, all of them, what is done)."""
+Over = Callable[[Mapping[str, Completer], Sequence[Slice], Terms, Progress], Iterable[SliceScores]]
+"""Where slices are scored: `score_slice` of each, in their order."""
 
 
 @dataclass(frozen=True)
@@ -84,22 +91,36 @@ def baselines() -> dict[str, Completer]:
     return {method: Baseline(method) for method in (*classical.METHODS, "mean_colour")}
 
 
+def in_turn(
+    completers: Mapping[str, Completer], pieces: Sequence[Slice], terms: Terms, progress: Progress
+) -> Iterator[SliceScores]:
+    """The slices one after another, in this process."""
+    total = sum(len(piece.images) for piece in pieces)
+    for piece in pieces:
+        scores = score_slice(completers, piece, terms)
+        progress(piece.start + len(piece.images), total, SCORED)
+        yield scores
+
+
 def evaluate(
     completers: Mapping[str, Completer],
     photos: Iterable[tuple[str, np.ndarray]],
     spec: EvaluationSpec,
     *,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
     pool: Pool | None = None,
     truth: np.ndarray | None = None,
+    over: Over = in_turn,
 ) -> Evaluation:
     """Score every completer on the same photographs (name, uint8 [H,W,3]) and masks.
 
     A method that cannot complete a hole is listed with its reason, and the others go on. `pool` replaces the feature
-    stack that spec.distance names; `truth` is what `truth_features` found on the same photographs. ValueError: no
-    photographs or methods, a crop larger than a photograph; FileNotFoundError: feature weights that are not there.
+    stack that spec.distance names; `truth` is what `truth_features` found on the same photographs; `over` is where
+    the slices are scored, which changes no bit. ValueError: no photographs or methods, a crop larger than a photograph;
+    FileNotFoundError: feature weights that are not there.
     """
-    chosen = list(islice(photos, spec.count))
+    # contiguous, as they arrive in another process: the order of a sum, and so its last bit, follows the layout
+    chosen = [(name, np.ascontiguousarray(image)) for name, image in islice(photos, spec.count)]
     if not chosen or not completers:
         raise ValueError(f"nothing to evaluate: {len(chosen)} photographs, {len(completers)} methods")
     images = [image for _, image in chosen]
@@ -107,19 +128,18 @@ def evaluate(
     if spec.distance:
         distance = settled(spec.distance, images)
         spec = replace(spec, distance=distance)
-        features = CropFeatures(distance, spec.seed, pool or pooled_features(distance))
+        features = CropFeatures(distance, spec.seed, pool)
     masks = draw_masks(spec, images)
     shown = frozenset(
         np.linspace(0, len(images) - 1, min(spec.samples, len(images))).round().astype(int).tolist()
     )
-    parts = []
+    pieces = []
     for start in range(0, len(images), SLICE):
         inside = slice(start, start + SLICE)
         of_slice = {label: tuple(drawn[inside]) for label, drawn in masks.items()}
-        piece = Slice(start, tuple(images[inside]), of_slice, shown)
-        parts.append(score_slice(completers, piece, spec.sigma, features, truth is None))
-        if progress:
-            progress(min(start + SLICE, len(images)), len(images), "photographs scored")
+        pieces.append(Slice(start, tuple(images[inside]), of_slice, shown))
+    terms = Terms(spec.sigma, features, truth is None)
+    parts = list(over(completers, pieces, terms, progress or (lambda done, total, note: None)))
     protocol = _protocol(spec, chosen, masks)
     protocol["true_edges"] = [
         name for name, method in completers.items() if getattr(method, "true_edges", False)
@@ -133,7 +153,7 @@ def truth_features(photos: Iterable[tuple[str, np.ndarray]], spec: EvaluationSpe
     if not spec.distance or not images:
         return np.zeros((0, 0))
     distance = settled(spec.distance, images)
-    features = CropFeatures(distance, spec.seed, pooled_features(distance))
+    features = CropFeatures(distance, spec.seed)
     starts = range(0, len(images), SLICE)
     return np.concatenate([features(images[start : start + SLICE], start) for start in starts])
 

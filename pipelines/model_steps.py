@@ -5,29 +5,28 @@ from __future__ import annotations
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
 
 from data_prep.masks import fixed_masks
-from data_prep.storage import Storage
 from models import build_model
 from pipelines import tracking
-from pipelines.completers import completer, photographs
+from pipelines.completers import photographs
 from pipelines.durable import StepContext
-from pipelines.evaluate import Completer, EvaluationSpec, baselines
+from pipelines.evaluate import EvaluationSpec, baselines
 from pipelines.evaluate import evaluate as score
 from pipelines.figures import encode_png, sample_grid
 from pipelines.learner import make_schedule
 from pipelines.provenance import TAG, made_by
+from pipelines.score_tasks import Methods, OverTasks, StoredModel, opened
 from pipelines.steps import Value, tracked
 from pipelines.tables import table_markdown
 from pipelines.tracking import Tracking
 from pipelines.train import TrainJob, fit, read_best, write_part
-from pipelines.weights import load_weights, save_weights
+from pipelines.weights import save_weights
 
 
 @tracked
@@ -107,16 +106,20 @@ def hole_range(masks: Mapping[str, Any], size: int) -> list[float]:
 
 @tracked
 def evaluate(ctx: StepContext, client: MlflowClient | None, run: str) -> Value:
-    """Every trained model and the classical baselines on the held-out photographs, under one protocol."""
+    """Every trained model and the classical baselines on the held-out photographs, under one protocol.
+
+    Where there is enough to score, a slice of photographs a Ray task.
+    """
     shards = ctx.storage.sub(ctx.inputs["shard"]["shards"])
-    photos = list(photographs(shards, ctx.config["split"]))
-    methods: dict[str, Completer] = {}
-    for name, value in ctx.inputs.items():
-        if "weights" in value:
-            with local_folder(ctx.storage, value["weights"]) as folder:
-                methods[name.removeprefix("train-")] = completer(*load_weights(folder))
+    photos = photographs(shards, ctx.config["split"])
+    trained = {
+        name.removeprefix("train-"): StoredModel(ctx.storage, value["weights"])
+        for name, value in ctx.inputs.items()
+        if "weights" in value
+    }
+    methods: Methods = (*baselines().items(), *trained.items())
     spec = EvaluationSpec.of(ctx.config)
-    found = score(baselines() | methods, photos, spec, progress=ctx.progress)
+    found = score(opened(methods), photos, spec, progress=ctx.progress, over=OverTasks(methods))
     keys = found.save(ctx.storage.sub(ctx.work).write)
     if client:
         for method in found.methods:
@@ -127,21 +130,5 @@ def evaluate(ctx: StepContext, client: MlflowClient | None, run: str) -> Value:
     return {
         "outputs": [f"{ctx.work}/{key}" for key in keys],
         "evaluation": ctx.work,
-        "scores": {method: found.score(method, ctx.config["metric"]) for method in methods},
+        "scores": {method: found.score(method, ctx.config["metric"]) for method in trained},
     }
-
-
-@contextmanager
-def local_folder(storage: Storage, folder: str) -> Iterator[Path]:
-    """A folder of the storage on this machine: itself, or a download from a bucket."""
-    here = storage.sub(folder)
-    path = here.path()
-    if path is not None:
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as temporary:
-        for key, _ in here.list():
-            target = Path(temporary) / key
-            target.parent.mkdir(parents=True, exist_ok=True)
-            here.download(key, target)
-        yield Path(temporary)

@@ -16,12 +16,11 @@ from pipelines.durable import StepContext
 from pipelines.evaluate import EvaluationSpec
 from pipelines.figures import encode_png, sample_grid
 from pipelines.judging import against_champion
-from pipelines.model_steps import local_folder
 from pipelines.provenance import TAG, made_by
 from pipelines.scores import Evaluation
 from pipelines.searching import DISTANCE, PROTOCOL, split_column
 from pipelines.steps import Value, tracked
-from pipelines.weights import load_weights
+from pipelines.weights import load_weights, local_folder
 
 NOT_COMPARED = (
     "versions",

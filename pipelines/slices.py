@@ -40,6 +40,17 @@ class Slice:
     """Numbers of the photographs that are kept as pictures."""
 
 
+@dataclass(frozen=True)
+class Terms:
+    """What all slices of an evaluation have in common; plain data unless `features` hold a stack of their own."""
+
+    sigma: float | None
+    """Canny's, for methods that name none; None = no edges."""
+    features: Features | None = None
+    truth: bool = True
+    """Whether the features of the photographs themselves are wanted."""
+
+
 @dataclass
 class SliceScores:
     """What score_slice found, in the slice's order; keys are (masks, method)."""
@@ -54,18 +65,13 @@ class SliceScores:
     """(photograph, masks) -> column -> PNG."""
 
 
-def score_slice(
-    completers: Mapping[str, Completer],
-    piece: Slice,
-    sigma: float | None,
-    features: Features | None = None,
-    truth: bool = True,
-) -> SliceScores:
-    """Scores, features (those of the truth where `truth`) and pictures of one slice: a pure function."""
-    found = SliceScores(truth=[100 * total_variation(image / 255.0) for image in piece.images])
-    if features and truth:
+def score_slice(completers: Mapping[str, Completer], piece: Slice, terms: Terms) -> SliceScores:
+    """Scores, features and pictures of one slice: a pure function."""
+    found, features = SliceScores(), terms.features
+    found.truth = [100 * total_variation(image / 255.0) for image in piece.images]
+    if features and terms.truth:
         found.features["", ""] = features(piece.images, piece.start)
-    sigmas = {name: getattr(method, "sigma", sigma) for name, method in completers.items()}
+    sigmas = {name: getattr(method, "sigma", terms.sigma) for name, method in completers.items()}
     for label, masks in piece.masks.items():
         found.bands[label] = [band_of(mask) for mask in masks]
         results: dict[str, list[np.ndarray | None]] = {name: [] for name in completers}

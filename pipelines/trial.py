@@ -225,8 +225,7 @@ def score(ctx: StepContext) -> Value:
     from pipelines.completers import completer, photographs
     from pipelines.evaluate import EvaluationSpec, evaluate
     from pipelines.figures import encode_png, sample_grid
-    from pipelines.model_steps import local_folder
-    from pipelines.weights import load_weights
+    from pipelines.weights import load_weights, local_folder
 
     (trained,) = [value for value in ctx.inputs.values() if "weights" in value]
     with local_folder(ctx.storage, trained["weights"]) as folder:

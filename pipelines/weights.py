@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data_prep.storage import Storage
 from models import build_model
 from models.base import Model
 
@@ -42,3 +45,19 @@ def load_weights(folder: Path) -> tuple[Model, dict[str, Any]]:
     model = build_model(about["name"], **about.get("options", {}))
     model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
     return model.eval(), about
+
+
+@contextmanager
+def local_folder(storage: Storage, folder: str) -> Iterator[Path]:
+    """A folder of the storage on this machine: itself, or a download from a bucket."""
+    here = storage.sub(folder)
+    path = here.path()
+    if path is not None:
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        for key, _ in here.list():
+            target = Path(temporary) / key
+            target.parent.mkdir(parents=True, exist_ok=True)
+            here.download(key, target)
+        yield Path(temporary)
