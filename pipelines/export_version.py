@@ -14,11 +14,11 @@ from mlflow.exceptions import MlflowException
 from models.base import Model
 from pipelines.loading import load_program, safely
 from pipelines.onnx_export import CHECKED, compared, export_onnx, request, runner
+from pipelines.program import PROGRAM
 from pipelines.versions import CHECKPOINT, RegistryError, connected, fetch, find_version
 from pipelines.weights import DESCRIPTION, WEIGHTS, load_weights
 
 FORMATS = ("onnx", "pt2", "safetensors")
-PROGRAM = "data/model.pt2"
 KEPT = ("sigma", "size", "hole_range")  # of what is on record, in an ONNX file
 
 
@@ -63,7 +63,7 @@ def export_version(
             files = {out: weights / WEIGHTS, out.with_suffix(".json"): weights / DESCRIPTION}
             compute = completion
         else:
-            files, compute = {out: Path(folder, PROGRAM)}, completion
+            files, compute = {out: Path(folder, "data", PROGRAM)}, completion
         shapes = CHECKED if size is None else [(b, size, size) for b in (1, 2)]
         checked = [
             compared(compute, completion, request(*shape), f"{form} of {label}", program) for shape in shapes
@@ -84,10 +84,15 @@ def export_version(
 
 def rebuilt(version: ModelVersion, folder: str) -> tuple[Model, dict[str, Any]]:
     """The model that a version was exported from, with all its networks, and what is on record about it."""
+    label = f"{version.name} version {version.version}"
     try:
         return load_weights(fetch(version, CHECKPOINT, folder))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise RegistryError(
+            f"the checkpoint of {label} cannot be loaded: {' '.join(str(error).split())}"
+        ) from error
     except (MlflowException, OSError) as error:
         raise RegistryError(
-            f"{version.name} version {version.version} was registered by an earlier release, without its networks: only "
+            f"{label} was registered by an earlier release, without its networks: only "
             "its program is there; register it anew to export it"
         ) from error

@@ -26,6 +26,7 @@ from mlflow.models import ModelSignature
 from mlflow.types import Schema, TensorSpec
 
 from models.base import Model
+from pipelines.program import PROGRAM, clean_program
 from pipelines.provenance import made_by
 from pipelines.searching import SCORES, scores_tag
 from pipelines.versions import CANDIDATE, CHECKPOINT, NAME, RegistryError, connected, versions_of
@@ -130,6 +131,12 @@ def export(model: Model, folder: Path, metadata: dict[str, Any], example: np.nda
     )
     (folder / CHECKPOINT).mkdir()
     save_weights(folder / CHECKPOINT, model, {}, {**metadata, "name": model.name})
+    try:
+        clean_program(folder / "data" / PROGRAM)
+    except ValueError as error:
+        raise RegistryError(
+            f"the exported {model.name} is more than tensors and operators on them, and would not be loaded: {error}"
+        ) from error
     program = mlflow.pytorch.load_model(str(folder))
     other = torch.from_numpy(np.ascontiguousarray(example[:1, :, 3:, :-4]))
     with torch.no_grad():

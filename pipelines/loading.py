@@ -14,6 +14,7 @@ from typing import Any
 import mlflow.pytorch
 import numpy as np
 import torch
+import yaml
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.models import Model as ModelFile
 from PIL import Image, ImageOps
@@ -23,10 +24,15 @@ from data_prep.canny import canny_edges
 from data_prep.sources import to_rgb
 from models import build_model, model_type
 from models.base import Model
+from pipelines.program import PROGRAM, clean_program
 from pipelines.versions import FORMS, RegistryError, connected, fetch, find_version
 from pipelines.weights import DESCRIPTION, WEIGHTS, load_weights
 
-SAFE = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_ALLOW_MODEL_CODE_EXECUTION": "false"}
+SAFE = {
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_ALLOW_MODEL_CODE_EXECUTION": "false",
+    "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1",
+}
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,9 @@ def _load_version(uri: str, tracking_uri: str | None, device: str) -> LoadedMode
         with tempfile.TemporaryDirectory(prefix="inpaint-model-") as folder:
             try:
                 described, program = load_program(version, folder, device)
-            except (OSError, KeyError, RuntimeError) as error:
+            except RegistryError:
+                raise
+            except (OSError, KeyError, RuntimeError, TypeError, AttributeError, AssertionError) as error:
                 raise RegistryError(
                     f"{uri} (version {version.version}) cannot be read from {version.source}: {_line(error)}"
                 ) from error
@@ -147,10 +155,25 @@ def _load_version(uri: str, tracking_uri: str | None, device: str) -> LoadedMode
 
 
 def load_program(version: ModelVersion, folder: str, device: str = "cpu") -> tuple[ModelFile, Any]:
-    """A version's description and its program, downloaded to `folder`; within `connected`, with pickle switched off."""
+    """A version's description and its program, downloaded to `folder`; within `connected` and `safely`.
+
+    RegistryError in one line, before anything is loaded: files that hold, or name, more than an exported program.
+    """
     for part in ("MLmodel", "data"):  # its checkpoint is as large again, and not needed
         fetch(version, part, folder)
-    return ModelFile.load(folder), mlflow.pytorch.load_model(folder, device=device)
+    try:
+        described = ModelFile.load(folder)
+        flavor = described.flavors["pytorch"]
+        if flavor.get("code") or flavor.get("model_data") != "data":  # MLflow would import from there
+            raise ValueError("its MLmodel names code or files of its own")
+        if others := sorted({path.name for path in Path(folder, "data").iterdir()} - {PROGRAM}):
+            raise ValueError(f"it holds {others[0]}: a pickled model, or code")
+        clean_program(Path(folder, "data", PROGRAM))
+    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError, FileNotFoundError) as error:
+        raise RegistryError(
+            f"{version.name} version {version.version} is refused, no exported program alone: {_line(error)}"
+        ) from error
+    return described, mlflow.pytorch.load_model(folder, device=device)
 
 
 def _load_checkpoint(folder: Path, device: str) -> LoadedModel:
@@ -161,8 +184,6 @@ def _load_checkpoint(folder: Path, device: str) -> LoadedModel:
         model, metadata = load_weights(folder)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise RegistryError(f"the checkpoint {folder} cannot be loaded: {_line(error)}") from error
-    except Exception as error:  # safetensors raises its own kind, derived from Exception alone
-        raise RegistryError(f"{folder / WEIGHTS} is damaged: {_line(error)}") from error
     edges = {name: getattr(model, name) for name in ("needs_edges", "takes_edges", "true_edges")}
     metadata |= {"model": model.name, **edges}
     module = model.completion().to(device).eval()
@@ -221,7 +242,7 @@ def as_hole(mask: Any) -> np.ndarray:
 
 @contextmanager
 def safely() -> Iterator[None]:
-    """Has MLflow unpickle nothing, and run no code that comes with a model."""
+    """Has MLflow and torch unpickle nothing but tensors, and run no code that comes with a model."""
     before = {key: os.environ.get(key) for key in SAFE}
     os.environ.update(SAFE)
     try:

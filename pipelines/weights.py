@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -39,11 +40,15 @@ def save_weights(
 def load_weights(folder: Path) -> tuple[Model, dict[str, Any]]:
     """The model of a checkpoint folder, in evaluation mode, and what `model.json` says about it.
 
-    Raises what reading, building and strict loading raise; never unpickles.
+    Raises what reading, building and strict loading raise (ValueError: no safetensors file); never unpickles.
     """
     about = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
     model = build_model(about["name"], **about.get("options", {}))
-    model.load_state_dict(load_file(folder / WEIGHTS), strict=True)
+    try:
+        state = load_file(folder / WEIGHTS)
+    except SafetensorError as error:  # derived from Exception alone
+        raise ValueError(f"{folder / WEIGHTS} is damaged, or no safetensors file: {error}") from error
+    model.load_state_dict(state, strict=True)
     return model.eval(), about
 
 
