@@ -11,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import time
 import warnings
@@ -49,7 +50,7 @@ class ShardCache:
 
         Raises StorageError when it cannot be had, or is not what the manifest says; CacheFull when there is no room.
         """
-        path = self.folder / f"{entry['sha256']}.tar"
+        path = self._file(entry)
         try:
             while True:
                 if not _is_there(path, entry):
@@ -66,7 +67,13 @@ class ShardCache:
 
     def drop(self, entry: Mapping[str, Any]) -> None:
         """Forget a file whose bytes turned out damaged."""
-        (self.folder / f"{entry['sha256']}.tar").unlink(missing_ok=True)
+        self._file(entry).unlink(missing_ok=True)
+
+    def _file(self, entry: Mapping[str, Any]) -> Path:
+        """Its place, which no manifest leads out of the folder."""
+        if not re.fullmatch("[0-9a-f]{64}", str(entry["sha256"])):
+            raise StorageError(f"{entry['name']!r} has no sha256 in its manifest, but {entry['sha256']!r}")
+        return self.folder / f"{entry['sha256']}.tar"
 
     def prefetch(self, storage: Storage, entries: Iterable[Mapping[str, Any]]) -> None:
         """Download these soon, in the background; what fails is left for who needs it. Not more than half of the cache

@@ -143,12 +143,14 @@ def next_commands(
     recipe: Recipe, workflow: Workflow, versions: list[dict[str, Any]], tracking: Tracking
 ) -> list[str]:
     """Three commands that work when pasted here."""
+    from pipelines.tracking import shown
+
     inpaint = _near(Path(sys.argv[0]).absolute()) if Path(sys.argv[0]).name == "inpaint" else "inpaint"
     best = versions[-1]
     default = Path(recipe.storage).resolve() == Path("runs").resolve() and not os.environ.get(
         "MLFLOW_TRACKING_URI"
     )
-    where = "" if default and recipe.tracking is None else f" --tracking {tracking.uri}"
+    where = "" if default and recipe.tracking is None else f" --tracking {shown(tracking.uri)}"
     commands = [f"{inpaint} models show {best['name']}@champion{where}"]
     example = example_files(workflow)
     if example:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,25 @@ def load_recipe(name: str, overrides: Sequence[str] = ()) -> Recipe:
     raw.setdefault("name", path.stem)
     for override in overrides:
         _override(raw, override)
+    _refuse_passwords(raw)
     return parse_recipe(raw, str(path))
+
+
+def _refuse_passwords(node: Any, path: str = "") -> None:
+    """A recipe is kept with the run, in its report and with every model that it makes."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            _refuse_passwords(str(key), path)  # a mask folder is a key
+            _refuse_passwords(value, f"{path}.{key}".strip("."))
+    elif isinstance(node, list):
+        for value in node:
+            _refuse_passwords(value, path)
+    elif isinstance(node, str) and re.search(r"://[^/]*@", node):
+        raise RecipeError(
+            f"{path or 'recipe'} has a user's name or password in it, which would be kept with the run: give the plain "
+            "address, and MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or the AWS variables in the environment, "
+            "or all of it as MLFLOW_TRACKING_URI"
+        )
 
 
 def parse_recipe(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:

@@ -255,7 +255,7 @@ def _probes(domain: Domain) -> tuple[Any, ...]:
 def _holds(text: str, recipe: Recipe, values: Values) -> bool:
     try:
         return bool(_value(ast.parse(text, mode="eval").body, recipe, values))
-    except (SyntaxError, TypeError, ZeroDivisionError) as error:
+    except (SyntaxError, TypeError, ArithmeticError) as error:
         raise RecipeError(f"sweep.constraints: {text!r}: {error}") from None
 
 

@@ -238,3 +238,17 @@ def test_a_killed_download_is_taken_up_and_its_room_is_free_again(server, bucket
             cache.path(storage, entries[number])
     assert held(tmp_path) == {entries[n]["sha256"] for n in (0, 2, 3)}
     assert not list(tmp_path.glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("sha256", ["../outside", "/outside", "", "A" * 64, None, "a" * 64 + "\n"])
+def test_no_manifest_leads_out_of_the_folder(bucket, tmp_path, sha256):
+    storage, (entry, *_) = bucket
+    outside = tmp_path / "outside.tar"
+    outside.write_bytes(storage.read("0.tar"))  # as large as the manifest says
+    cache = ShardCache(tmp_path / "cache", 10_000)
+    for use in (lambda hostile: cache.path(storage, hostile), cache.drop):
+        with pytest.raises(StorageError, match="has no sha256 in its manifest") as error:
+            use({**entry, "sha256": sha256})
+        assert "\n" not in str(error.value)
+    assert outside.exists()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["cache", "outside.tar"]

@@ -105,19 +105,29 @@ def test_a_cut_tar_and_missing_ones(whole):
     assert any("train-00004.json" in line and "damaged" in line for line in told)
 
 
-@pytest.mark.parametrize("kind", ["../../evil.png", "/etc/evil.png", "pipe:cat evil.png", "link", "folder"])
+KINDS = {
+    "link": tarfile.SYMTYPE,
+    "hard link": tarfile.LNKTYPE,
+    "folder": tarfile.DIRTYPE,
+    "device": tarfile.CHRTYPE,
+    "pipe": tarfile.FIFOTYPE,
+}
+
+
+@pytest.mark.parametrize(
+    "kind", ["../../evil.png", "/etc/evil.png", "pipe:cat evil.png", "two\nlines.png", *KINDS]
+)
 def test_members_that_do_not_belong_are_named(whole, kind):
     def change(members):
-        info = tarfile.TarInfo({"link": "0" * 16 + ".png", "folder": "sub"}.get(kind, kind))
-        if kind == "link":
-            info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        if kind == "folder":
-            info.type = tarfile.DIRTYPE
+        info = tarfile.TarInfo("0" * 16 + ".png" if kind in KINDS else kind)
+        if kind in KINDS:
+            info.type, info.linkname = KINDS[kind], "/etc/passwd"
         return [*members, (info, b"")]
 
     rewritten(whole, "train-00000.tar", change)
     told = found(whole)
     assert any("do not unpack it" in line and "does not belong in a shard" in line for line in told)
+    assert not any("\n" in line for line in told)
 
 
 def test_edges_out_of_step_are_found(whole):

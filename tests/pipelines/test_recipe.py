@@ -134,6 +134,58 @@ def test_a_file_that_is_no_recipe(tmp_path) -> None:
         load_recipe(str(path))
 
 
+TAGS = (
+    "!!python/object/apply:os.makedirs [{}]",
+    "!!python/object/new:os.makedirs [{}]",
+    "!!python/name:os.makedirs",
+    "!!python/module:antigravity",
+)
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_no_yaml_runs_code_and_no_value_does(tag: str, tmp_path) -> None:
+    from pipelines.importing import parse_settings
+
+    sprung = tmp_path / "sprung"
+    value = tag.format(sprung)
+    path = tmp_path / "r.yaml"
+    path.write_text(f"models: {{context_encoder: {{}}}}\nname: {value}\n")
+    for attempt in (
+        lambda: load_recipe(str(path)),
+        lambda: load_recipe("demo", [f"name={value}"]),
+        lambda: parse_settings([f"width={value}"]),
+    ):
+        with pytest.raises(ValueError, match="YAML") as error:
+            attempt()
+        assert "\n" not in str(error.value)
+    assert not sprung.exists()
+    assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("override", "field"),
+    [
+        ("tracking=https://me:planted-9@mlflow.example", "tracking"),
+        ("tracking=postgresql://me:planted-9@host/db", "tracking"),
+        ("storage=s3://me:planted-9@bucket/runs", "storage"),
+        ("data.source=https://me:planted-9@photos", "data.source"),
+        ("evaluate.masks=[center, 's3://me:planted-9@masks']", "evaluate.masks"),
+        ("masks={'s3://me:planted-9@masks': 1}", "masks"),
+        (
+            "models.edge_connect.features={weights: 'https://me:planted-9@vgg.pt'}",
+            "models.edge_connect.features",
+        ),
+    ],
+)
+def test_a_password_in_an_address_is_refused_and_not_repeated(override: str, field: str) -> None:
+    with pytest.raises(
+        RecipeError, match=f"^{re.escape(field)}.* has a user's name or password in it"
+    ) as error:
+        load_recipe("demo", [override])
+    assert "planted-9" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
 def test_where_a_run_is_kept_does_not_change_what_it_is() -> None:
     base = parse_recipe(SMALL)
     assert parse_recipe({**SMALL, "storage": "s3://b/p", "tracking": "http://x"}).digest == base.digest

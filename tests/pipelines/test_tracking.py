@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.storage import open_storage
 from pipelines import tracking
+from pipelines.durable import Workflow
+from pipelines.outcome import next_commands
+from pipelines.reading import parse_recipe
 from pipelines.tracking import Tracking, TrackingError, tracking_for
 
 
@@ -112,3 +116,12 @@ def test_a_server_that_is_not_there_is_one_line_without_its_password(monkeypatch
     assert "\n" not in str(error.value)
     assert "secret" not in str(error.value)
     assert "127.0.0.1:9" in str(error.value)
+
+
+def test_what_is_suggested_next_holds_no_password(tmp_path: Path) -> None:
+    recipe = parse_recipe({"name": "x", "models": {"context_encoder": {}}, "storage": str(tmp_path)})
+    workflow = Workflow("x", [], open_storage(tmp_path))
+    place = Tracking("https://me:planted-9@mlflow.example", "e")
+    said = next_commands(recipe, workflow, [{"name": "context_encoder", "version": "1"}], place)
+    assert any("--tracking https://mlflow.example" in command for command in said)
+    assert "planted-9" not in " ".join(said)
