@@ -31,9 +31,9 @@ lint: $(READY)
 bench: $(READY)
 	@$(BIN)/python -m pytest -m benchmark tests -s
 
-# INPAINT_SOAK: how many random schedules of faults, three minutes each
+# INPAINT_SOAK: how many random schedules of faults, three minutes each (20)
 soak: $(READY)
-	@$(BIN)/python -m pytest -m soak tests/cluster/test_faults.py
+	@$(BIN)/python -m pytest -m soak tests/cluster
 
 # CRDS: a folder with KubeRay's published CRDs (helm pull kuberay/kuberay-operator --untar brings them)
 validate-infra: $(READY)

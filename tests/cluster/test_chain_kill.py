@@ -24,6 +24,7 @@ def workers(pid: int) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.soak
 def test_killed_anywhere_the_next_run_continues_and_ends_like_an_uninterrupted_one(
     finished: Finished, make_run: Callable[..., Run]
 ) -> None:

@@ -237,14 +237,16 @@ class Schedule:
 KINDS = ("worker", "node", "driver", "everything")
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize(("ranks", "kinds"), [(2, ["node", "driver"]), (3, ["worker", "everything"])])
 def test_whatever_is_killed_the_weights_are_those_of_an_undisturbed_training(
-    ranks: int, nodes: Nodes, undisturbed: Callable[[int], Run], make_run: Callable[..., Run]
+    ranks: int,
+    kinds: list[str],
+    nodes: Nodes,
+    undisturbed: Callable[[int], Run],
+    make_run: Callable[..., Run],
 ) -> None:
     quiet = undisturbed(ranks)
     check(quiet)
-    kinds = list(KINDS)
-    random.Random(ranks).shuffle(kinds)
     run = _training(make_run, nodes, f"disturbed-{ranks}", {"workers": ranks, "max_failures": 10})
     Schedule(ranks, ranks, kinds, nodes, run).play()
     assert run.weights(MODEL) == quiet.weights(MODEL)
@@ -269,6 +271,25 @@ def test_any_schedule_of_faults_ends_with_the_same_bits(
 # -- a cluster that shrinks and grows --------------------------------------------------------------------------
 
 
+def test_mlflow_is_away_for_a_while_and_no_point_is_lost(nodes: Nodes, make_run: Callable[..., Run]) -> None:
+    local_cluster.replenish(nodes.cluster)
+    run = _training(make_run, nodes, "no-mlflow", {"workers": 2})
+    run.storage.mkdir()
+    server = RestartedServer(run.storage)
+    server.start()
+    try:
+        driver = run.start("--tracking", server.uri)
+        wait_for(lambda: run.latest(MODEL) >= "step-00000040", "some checkpoints", driver)
+        server.stop()
+        wait_for(lambda: run.latest(MODEL) >= "step-00000150", "the middle", driver)
+        server.start()
+        assert run.finish(driver) == 0, run.output
+    finally:
+        server.stop()
+    check(run)
+
+
+@pytest.mark.soak
 def test_elastic_from_two_workers_to_one_and_back_while_mlflow_is_away(
     nodes: Nodes, make_run: Callable[..., Run]
 ) -> None:
@@ -325,6 +346,7 @@ def test_a_bucket_that_is_away_for_20_seconds_costs_no_worker(s3: str, make_run:
         assert attempt.endswith("/1.json")
 
 
+@pytest.mark.soak
 def test_a_node_that_announces_its_end_leaves_a_checkpoint(
     nodes: Nodes, undisturbed: Callable[[int], Run], make_run: Callable[..., Run]
 ) -> None:

@@ -202,7 +202,7 @@ def test_every_command_of_infra_parses_and_its_recipe_loads(command: str) -> Non
     if words in (["run"], ["services"]):
         return  # named in a sentence
     args = parser().parse_args(words)
-    if hasattr(args, "recipe"):
+    if getattr(args, "recipe", None):
         recipe = load_recipe(args.recipe, args.set)
         if args.command == "submit" or (args.storage or "").startswith(
             "s3://"
