@@ -56,10 +56,7 @@ class Meter:
         elapsed = time.perf_counter() - self._since
         seconds = {} if self._start is None else {"seconds_to_start": self._start}
         seconds |= {"seconds_per_step": elapsed / self._steps, "data_wait": self._waited / max(elapsed, 1e-9)}
-        totals = (
-            learner.mean(torch.tensor(list(counts.values()), device=learner.device).float()) * learner.world
-        )
-        data = {f"data/{name}": value for name, value in zip(counts, totals.tolist(), strict=True)}
+        data = {f"data/{name}": float(learner.total(count)) for name, count in counts.items()}
         data["data/samples_sum"] = float(learner.total(self._seen) % SUM)
         self._since, self._start = time.perf_counter(), None
         self._reset()

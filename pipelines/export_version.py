@@ -12,6 +12,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from models.base import Model
+from pipelines.errors import in_a_line
 from pipelines.loading import load_program, safely
 from pipelines.onnx_export import CHECKED, compared, export_onnx, request, runner
 from pipelines.program import PROGRAM
@@ -88,9 +89,7 @@ def rebuilt(version: ModelVersion, folder: str) -> tuple[Model, dict[str, Any]]:
     try:
         return load_weights(fetch(version, CHECKPOINT, folder))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise RegistryError(
-            f"the checkpoint of {label} cannot be loaded: {' '.join(str(error).split())}"
-        ) from error
+        raise RegistryError(f"the checkpoint of {label} cannot be loaded: {in_a_line(error)}") from error
     except (MlflowException, OSError) as error:
         raise RegistryError(
             f"{label} was registered by an earlier release, without its networks: only "

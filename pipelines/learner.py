@@ -160,18 +160,18 @@ class Learner:
 
     def _parts(self, step: int, batch: dict[str, Any]) -> list[Part]:
         """A rank's photographs, `at_once` at a time."""
-        mine, world = len(batch["image"]), batch["whole"] / self.world
-        if not self.at_once or mine <= self.at_once:
-            return [Part(batch, _seed(self.seed, step, self.rank), mine / world)]
-        parts, count = [], -(-mine // self.at_once)
+        mine, fair = len(batch["image"]), batch["whole"] / self.world
+        count = -(-mine // (self.at_once or mine))
+        parts = []
         for number in range(count):
             own = slice(number * mine // count, (number + 1) * mine // count)
             cut = {
                 key: value[own] if isinstance(value, Tensor) and value.ndim else value
                 for key, value in batch.items()
             }
-            seed = _seed(self.seed, step, self.rank, number)
-            parts.append(Part(cut, seed, len(cut["image"]) / world))
+            place = (step, self.rank, number) if number else (step, self.rank)
+            seed = int(np.random.SeedSequence([self.seed, *place]).generate_state(1)[0])
+            parts.append(Part(cut, seed, len(cut["image"]) / fair))
         return parts
 
     def _generate(self, part: Part, learns: bool) -> dict[str, Tensor]:
@@ -235,9 +235,9 @@ class Learner:
             with still_spectral(self.model.networks.values() if number else ()):
                 losses = losses_of(part)
             loss: Any = sum(weights[name] * value.to(flats[0]) for name, value in losses.items())
-            (loss if part.share == 1 else loss * part.share).backward()
+            (loss * part.share).backward()
             for name, value in losses.items():
-                counted = value.detach() if part.share == 1 else value.detach() * part.share
+                counted = value.detach() * part.share
                 terms[name] = terms[name] + counted if name in terms else counted
         for flat in flats:
             if self.world > 1:
@@ -275,10 +275,7 @@ class Learner:
         mine = len(moved["image"])
         whole = moved["whole"] = batch.get("whole", self.world * mine)
         part = batch.get("part", range(self.rank * mine, (self.rank + 1) * mine))
-        mean = moved["mask"].mean()
-        moved["mask_mean"] = self.mean(
-            mean if mine * self.world == whole else mean * (mine * self.world / whole)
-        )
+        moved["mask_mean"] = self.mean(moved["mask"].mean() * (mine * self.world / whole))
         numbers = np.random.default_rng([self.seed, step]).random((whole, UNIFORM))
         moved["uniform"] = torch.from_numpy(numbers[part.start : part.stop]).to(moved["image"])
         return moved
@@ -345,10 +342,6 @@ class Learner:
                     optimiser.load_state_dict(state["optimisers"][name])
                     _lay_out(optimiser)
         return int(state["step"])
-
-
-def _seed(*parts: int) -> int:
-    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def _floats(value: Tensor, layout: torch.memory_format) -> Tensor:

@@ -24,6 +24,7 @@ from data_prep.canny import canny_edges
 from data_prep.sources import to_rgb
 from models import build_model, model_type
 from models.base import Model
+from pipelines.errors import in_a_line
 from pipelines.program import PROGRAM, clean_program
 from pipelines.versions import FORMS, RegistryError, connected, fetch, find_version
 from pipelines.weights import DESCRIPTION, WEIGHTS, load_weights
@@ -260,4 +261,4 @@ def _size(array: np.ndarray) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+    return in_a_line(error)[:300]

@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 
 from pipelines import loopback, session
+from pipelines.services import write_private
 
 START = 90.0  # seconds that a cluster may take to start
 GRACE = 8.0  # seconds that its processes have to end by themselves
@@ -93,17 +94,21 @@ class LocalCluster:
         return found
 
     def counted(self) -> int:
-        """How many alive nodes the head counts; 0 when it does not answer."""
+        """How many alive nodes the head counts."""
+        return len(self.raylets())
+
+    def raylets(self) -> list[dict[str, Any]]:
+        """What the head says of its alive nodes (nodeName, nodeId...); nothing when it does not answer."""
         request = urllib.request.Request(
             f"{self.jobs}/nodes?view=summary",
             headers={"Authorization": f"Bearer {self.token.read_text()}"},
         )
         try:
             with urllib.request.urlopen(request, timeout=5) as answer:
-                summary = json.load(answer)["data"]["summary"]
+                found = [node["raylet"] for node in json.load(answer)["data"]["summary"]]
         except (OSError, ValueError, KeyError):
-            return 0
-        return sum(node["raylet"].get("state") == "ALIVE" for node in summary)
+            return []
+        return [raylet for raylet in found if raylet.get("state") == "ALIVE"]
 
     def save(self) -> None:
         body = asdict(self) | {"folder": str(self.folder), "temporary": str(self.temporary)}
@@ -165,9 +170,9 @@ def start(name: str, nodes: int, cpus: int, progress: Any = lambda *_: None) -> 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, mode=0o700)
     temporary = Path(tempfile.mkdtemp(prefix="inpaint-"))
-    port, dashboard, client = _free_ports(3)
+    port, dashboard, client = loopback.free_ports(3)
     cluster = LocalCluster(name, folder, temporary, port, dashboard, [], nodes, cpus)
-    _write_secret(cluster.token, secrets.token_hex(32))
+    write_private(cluster.token, secrets.token_hex(32))
     cluster.save()
     head = ["--head", f"--port={port}", f"--ray-client-server-port={client}", "--include-dashboard=true"]
     head += [f"--dashboard-host={loopback.LOOPBACK}", f"--dashboard-port={dashboard}"]
@@ -288,19 +293,3 @@ def _answers(port: int) -> bool:
             return True
     except OSError:
         return False
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind((loopback.LOOPBACK, 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
-
-
-def _write_secret(path: Path, text: str) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)

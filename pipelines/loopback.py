@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from typing import Any
 
@@ -19,6 +20,18 @@ SETTINGS = {
 def is_loopback(address: str) -> bool:
     """Whether host:port, or an URL, is on loopback."""
     return address.rpartition("://")[2].partition("/")[0].rpartition(":")[0] in HOSTS
+
+
+def free_ports(count: int = 1) -> list[int]:
+    """Ports of loopback that nobody listens at, all different."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for one in sockets:
+            one.bind((LOOPBACK, 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
 
 
 def join_on_loopback(parameters: Any, head: bool) -> None:

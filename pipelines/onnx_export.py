@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.base import Completion, Model
+from pipelines.errors import in_a_line
 
 OPSET = 18  # the first with Col2Im, by which contextual attention pastes its patches
 TOLERANCE = 1e-5  # of the file's output against the eager completion's
@@ -207,5 +208,5 @@ def _quiet() -> Iterator[None]:
 
 
 def _line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = in_a_line(error)
     return text if len(text) <= 300 else text[:297] + "..."

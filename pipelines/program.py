@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from pipelines.errors import in_a_line
+
 PROGRAM = "model.pt2"  # as MLflow names it
 WEIGHTS, CONSTANTS = "data/weights/", "data/constants/"
 CONFIGS = {
@@ -63,7 +65,7 @@ def clean_program(path: Path) -> None:
                 for record, name in there.items():
                     cleaned.writestr(name, _checked(record, archive.read(name), there))
     except (zipfile.BadZipFile, IndexError, KeyError, NotImplementedError, EOFError) as error:
-        raise ValueError(f"it is no exported program: {_line(error)}") from None
+        raise ValueError(f"it is no exported program: {in_a_line(error)[:200]}") from None
     except RecursionError:
         raise ValueError("it is no exported program: it is nested without end") from None
     os.replace(part, path)
@@ -173,7 +175,3 @@ def _parsed(record: str, content: bytes) -> Any:
         return json.loads(content)
     except ValueError:
         raise ValueError(f"its record {record} is no JSON") from None
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -68,12 +68,17 @@ def _refuse_passwords(node: Any, path: str = "") -> None:
     elif isinstance(node, list):
         for value in node:
             _refuse_passwords(value, path)
-    elif isinstance(node, str) and re.search(r"://[^/]*@", node):
+    elif isinstance(node, str) and names_a_user(node):
         raise RecipeError(
             f"{path or 'recipe'} has a user's name or password in it, which would be kept with the run: give the plain "
             "address, and MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or the AWS variables in the environment, "
             "or all of it as MLFLOW_TRACKING_URI"
         )
+
+
+def names_a_user(address: str) -> bool:
+    """Whether an address has a user's name or password in it."""
+    return re.search(r"://[^/]*@", address) is not None
 
 
 def parse_recipe(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from pipelines.loopback import LOOPBACK
+from pipelines.loopback import LOOPBACK, free_ports
 
 BUCKET = "inpaint"
 EXTRA = "pip install 'inpaint-pipelines[services]'"
@@ -115,9 +115,7 @@ def _first_bucket(folder: Path, format: list[str], gateway: list[str], server: d
         if made.returncode:
             last = (made.stderr.strip() or made.stdout.strip() or "no reason given").splitlines()[-1]
             raise ServiceError(f"juicefs format failed in {folder}: {last}")
-        with socket.socket() as one:
-            one.bind((LOOPBACK, 0))
-            address = f"{LOOPBACK}:{one.getsockname()[1]}"
+        address = f"{LOOPBACK}:{free_ports()[0]}"
         with open(folder / "first.log", "w") as log:
             first = subprocess.Popen(
                 [*gateway, address], env={**os.environ, **server}, stdout=log, stderr=log
@@ -141,11 +139,16 @@ def _first_bucket(folder: Path, format: list[str], gateway: list[str], server: d
 
 
 def write_environment(path: Path, values: dict[str, str]) -> None:
-    """A file to be sourced, readable by its owner alone from the moment it exists."""
+    """A file to be sourced."""
+    write_private(path, "".join(f"export {key}={value}\n" for key, value in values.items()))
+
+
+def write_private(path: Path, text: str) -> None:
+    """A file that is readable by its owner alone from the moment it exists."""
     temporary = path.with_suffix(".tmp")
     temporary.unlink(missing_ok=True)
     with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.writelines(f"export {key}={value}\n" for key, value in values.items())
+        file.write(text)
     os.replace(temporary, path)
 
 

@@ -21,7 +21,7 @@ SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_maximum_startup_concurrency": "8",  # a local Ray warns when it starts a few times this many processes
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Ray writes checkpoints to buckets through the AWS C++ SDK, whose newest checksums not every server takes.
+    # Not every bucket's server takes the newest checksums, which MLflow would send with artifacts.
     "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
     "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
     "TQDM_DISABLE": "1",

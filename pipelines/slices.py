@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_prep.canny import canny_edges
+from pipelines.errors import in_a_line
 from pipelines.figures import edges_picture, encode_png, masked_picture
 from pipelines.metrics import band_of, image_metrics, total_variation
 
@@ -104,7 +105,7 @@ def _attempt(
         result = method(known.copy(), mask.copy(), edge)
         return result, image_metrics(image, result, mask)
     except Exception as error:  # a line of the table: neither hidden nor fatal to the other methods
-        return None, " ".join(str(error).split()) or type(error).__name__
+        return None, in_a_line(error)
 
 
 def _edge(edges: Mapping[float, np.ndarray], sigma: float | None) -> np.ndarray | None:

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from pipelines import local_cluster
 from pipelines.provenance import code_version
+from pipelines.reading import names_a_user
 from pipelines.recipe import Recipe
 
 REACH = 5.0  # seconds within which a head accepts a connection and answers
@@ -82,7 +82,7 @@ def portable(recipe: Recipe, address: str) -> tuple[Recipe, list[str]]:
 
     def local(field: str, value: str) -> str:
         scheme, separator, rest = value.partition("://")
-        if "@" in urlsplit(value).netloc and separator:
+        if names_a_user(value):
             raise SubmitError(
                 f"{field} has a user's name or password in it, which would be kept in logs; give the plain address, "
                 "and the cluster MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or the AWS variables"

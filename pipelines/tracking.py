@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines.errors import in_a_line
+
 if (
     TYPE_CHECKING
 ):  # imported where it is used: MLflow takes two seconds, and most processes only pass addresses on
@@ -74,8 +76,9 @@ class Tracking:
                     f"MLflow's database {shown(self.uri)} cannot be written: the disk is full; free some space, or "
                     "choose another storage"
                 ) from None
+            place = shown(self.uri)
             raise TrackingError(
-                f"MLflow at {shown(self.uri)} does not answer ({_line(error).replace(self.uri, shown(self.uri))[:300]}); "
+                f"MLflow at {place} does not answer ({in_a_line(error).replace(self.uri, place)[:300]}); "
                 "start it, or set MLFLOW_TRACKING_URI"
             ) from None
 
@@ -130,7 +133,7 @@ def running(tracking: Tracking, run: str) -> Iterator[MlflowClient]:
         yield client
     except BaseException as error:
         with suppress(Exception):  # a server that is away, or a full disk, must not hide what happened
-            client.set_tag(run, "inpaint.error", _line(error)[:500])
+            client.set_tag(run, "inpaint.error", in_a_line(error)[:500])
             client.set_terminated(run, "FAILED")
         raise
     client.set_terminated(run, "FINISHED")
@@ -300,15 +303,11 @@ class Publisher:
                     del self._points[: len(points)]
                     self._picture = None if self._picture is picture else self._picture
             except Exception as error:  # a server that is away must not end a training
-                logging.getLogger(__name__).warning("MLflow is away, curves wait: %s", _line(error))
+                logging.getLogger(__name__).warning("MLflow is away, curves wait: %s", in_a_line(error))
                 time.sleep(PAUSE)
                 continue
             if closed:
                 return
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def shown(uri: str) -> str:

@@ -275,10 +275,10 @@ def read_best(job: TrainJob, journal: list[Point]) -> dict[str, Any] | None:
 def write_part(storage: Storage, state: dict[str, Any], journal: list[Point]) -> list[str]:
     """Keep the end of a part of a schedule, from which another training goes on; returns the files' names."""
     with tempfile.TemporaryDirectory() as temporary:
-        names = _write(Path(temporary), state, journal)
-        for name in names:
+        _write(Path(temporary), state, journal)
+        for name in FILES:
             storage.upload(Path(temporary) / name, name)
-    return names
+    return list(FILES)
 
 
 def read_part(storage: Storage) -> tuple[dict[str, Any], list[Point]]:
@@ -288,10 +288,9 @@ def read_part(storage: Storage) -> tuple[dict[str, Any], list[Point]]:
         return _read(Path(temporary))
 
 
-def _write(folder: Path, state: dict[str, Any], journal: list[Point]) -> list[str]:
+def _write(folder: Path, state: dict[str, Any], journal: list[Point]) -> None:
     torch.save(state, folder / "state.pt")
     (folder / "journal.json").write_text(json.dumps(journal))
-    return list(FILES)
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[Point]]:

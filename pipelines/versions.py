@@ -20,6 +20,8 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
+from pipelines.tracking import shown
+
 CANDIDATE, CHAMPION = "candidate", "champion"
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
 URI = re.compile(rf"models:/({NAME.pattern})(?:@({NAME.pattern})|/(\d+))")
@@ -173,24 +175,23 @@ def who_am_i() -> str:
 def _said(error: Exception, uri: str) -> str:
     text = " ".join(str(error).split())
     code = getattr(error, "error_code", "")
-    scheme, separator, rest = uri.partition("://")
-    shown = f"{scheme}{separator}{rest.rpartition('@')[2]}" if separator else uri  # without a password
+    place = shown(uri)
     user = os.environ.get("MLFLOW_TRACKING_USERNAME")
     if "HTTPConnectionPool" in text or "Max retries" in text or "Connection refused" in text:
         return (
-            f"the MLflow server at {shown} does not answer: start it, or set MLFLOW_TRACKING_URI to another"
+            f"the MLflow server at {place} does not answer: start it, or set MLFLOW_TRACKING_URI to another"
         )
     if code == "UNAUTHENTICATED":
         if user:
-            return f"the MLflow server at {shown} does not know {user!r} with this password: see MLFLOW_TRACKING_PASSWORD"
+            return f"the MLflow server at {place} does not know {user!r} with this password: see MLFLOW_TRACKING_PASSWORD"
         return (
-            f"the MLflow server at {shown} refuses: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            f"the MLflow server at {place} refuses: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
     if code == "PERMISSION_DENIED":
-        return f"{user or 'this user'} may not do that in the MLflow at {shown}: ask its administrator for the permission"
+        return f"{user or 'this user'} may not do that in the MLflow at {place}: ask its administrator for the permission"
     if "readonly database" in text or "unable to open database file" in text:
         doing = "write" if "readonly" in text else "open"
-        return f"this user may not {doing} MLflow's database {shown}: ask for write permission on the file and its folder"
+        return f"this user may not {doing} MLflow's database {place}: ask for write permission on the file and its folder"
     if "database is locked" in text:
-        return f"MLflow's database {shown} is busy with somebody else's work: try again"
-    return f"MLflow at {shown}: {text[:400]}"
+        return f"MLflow's database {place} is busy with somebody else's work: try again"
+    return f"MLflow at {place}: {text[:400]}"

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from data_prep.storage import Storage
+from data_prep.storage import Storage, check_key
 from models import build_model
 from models.base import Model
 
@@ -62,7 +62,7 @@ def local_folder(storage: Storage, folder: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as temporary:
         for key, _ in here.list():
-            target = Path(temporary) / key
+            target = Path(temporary) / check_key(key)
             target.parent.mkdir(parents=True, exist_ok=True)
             here.download(key, target)
         yield Path(temporary)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import socket
+from pipelines.loopback import free_ports
 
 
 def free_port() -> int:
     """One that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_ports()[0]

@@ -5,13 +5,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -62,31 +60,10 @@ class Nodes:
 
     def drain(self, node: local_cluster.Node, seconds: int) -> None:
         """What a cloud's notice makes Ray's autoscaler say of a spot machine."""
-        token = self.cluster.token.read_text()
-        asked = urllib.request.Request(
-            f"{self.cluster.jobs}/nodes?view=summary", headers={"Authorization": f"Bearer {token}"}
-        )
-        with urllib.request.urlopen(asked) as answer:
-            found = [one["raylet"] for one in json.load(answer)["data"]["summary"]]
-        (number,) = [
-            one["nodeId"] for one in found if one["nodeName"] == node.name and one["state"] == "ALIVE"
-        ]
-        command = [
-            sys.executable,
-            "-m",
-            "ray.scripts.scripts",
-            "drain-node",
-            "--address",
-            self.cluster.address,
-        ]
-        command += [
-            "--node-id",
-            number,
-            "--reason",
-            "DRAIN_NODE_REASON_PREEMPTION",
-            "--reason-message",
-            "spot",
-        ]
+        (number,) = [one["nodeId"] for one in self.cluster.raylets() if one["nodeName"] == node.name]
+        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node"]
+        command += ["--address", self.cluster.address, "--node-id", number]
+        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
         command += ["--deadline-remaining-seconds", str(seconds)]
         subprocess.run(command, env=clean_environment() | self.environment, check=True, timeout=60)
 
@@ -191,7 +168,6 @@ class Schedule:
     """Faults of a random order at random steps, and what they are done to."""
 
     seed: int
-    ranks: int
     kinds: list[str]
     nodes: Nodes
     run: Run
@@ -248,7 +224,7 @@ def test_whatever_is_killed_the_weights_are_those_of_an_undisturbed_training(
     quiet = undisturbed(ranks)
     check(quiet)
     run = _training(make_run, nodes, f"disturbed-{ranks}", {"workers": ranks, "max_failures": 10})
-    Schedule(ranks, ranks, kinds, nodes, run).play()
+    Schedule(ranks, kinds, nodes, run).play()
     assert run.weights(MODEL) == quiet.weights(MODEL)
     check(run)
 
@@ -263,12 +239,12 @@ def test_any_schedule_of_faults_ends_with_the_same_bits(
     kinds = [dice.choice(KINDS) for _ in range(dice.randint(2, 5))]
     quiet = undisturbed(ranks)
     run = _training(make_run, nodes, f"soak-{seed}", {"workers": ranks, "max_failures": 10})
-    Schedule(seed, ranks, kinds, nodes, run).play()
+    Schedule(seed, kinds, nodes, run).play()
     assert run.weights(MODEL) == quiet.weights(MODEL), kinds
     check(run)
 
 
-# -- a cluster that shrinks and grows --------------------------------------------------------------------------
+# -- what goes away, and comes back ----------------------------------------------------------------------------
 
 
 def test_mlflow_is_away_for_a_while_and_no_point_is_lost(nodes: Nodes, make_run: Callable[..., Run]) -> None:
@@ -342,7 +318,7 @@ def test_a_bucket_that_is_away_for_20_seconds_costs_no_worker(s3: str, make_run:
         wait_for(lambda: keys("/step-00000040/state.pt"), "two checkpoints", driver)
         proxy.down(20)
         assert run.finish(driver) == 0, run.output
-        (attempt,) = keys("attempts/") and [key for key in keys("attempts/") if "-train-" in key]
+        (attempt,) = [key for key in keys("attempts/") if "-train-" in key]
         assert attempt.endswith("/1.json")
 
 

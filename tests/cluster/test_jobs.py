@@ -23,6 +23,7 @@ import pytest
 from harness import clean_environment, family, kill, wait_for
 from mlflow import MlflowClient
 from mlflow_server import acting_as
+from ports import free_port
 
 from pipelines import local_cluster
 from pipelines.services import read_environment
@@ -99,7 +100,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> Iterat
         patch.setenv("XDG_STATE_HOME", base["XDG_STATE_HOME"])
         try:
             for name in ("mlflow", "s3"):
-                (port,) = local_cluster._free_ports(1)
+                port = free_port()
                 command = [sys.executable, "-m", "pipelines", "services", name, "--port", str(port)]
                 with open(folder / f"{name}.log", "w") as log:
                     servers.append(
