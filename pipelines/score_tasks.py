@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from pipelines.fanout import run_tasks
 from pipelines.slices import Completer, Slice, SliceScores, Terms, score_slice
 from pipelines.weights import load_weights, local_folder
 
-START = 6.0  # seconds until a new process has imported torch and loaded the models
+START = 4.0  # seconds until new processes have imported torch and loaded the models: 3 s, and some doubt
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ def opened(methods: Methods) -> dict[str, Completer]:
 class OverTasks:
     """The slices of an evaluation of `methods` over the cluster: to the bit what `in_turn` makes of them.
 
-    The first slice is scored in this process, and tells how long the others would take here: unless tasks save more
-    than `start` seconds, the time of a process to start, they follow it.
+    The first slice is scored in this process, and tells how long the others take. They follow it here unless as many
+    at a time as the cluster has CPUs are done earlier by more than `start` seconds, in which tasks' processes start.
     """
 
     methods: Methods
@@ -62,20 +63,20 @@ class OverTasks:
         with one_thread():
             here, began = in_turn(completers, pieces, terms, progress), time.monotonic()
             parts = [next(here)]
-            left = (time.monotonic() - began) * sum(sizes) / first
-            if not self._pays(left):
+            if not self._pays(time.monotonic() - began, len(sizes)):
                 return [*parts, *here]
         shared, rest = (self.methods, terms), pieces[1:]
         found = dict(run_tasks(_score, shared, rest, sizes, progress, SCORED, first + sum(sizes)))
         return [*parts, *(found[number] for number in range(len(rest)))]
 
-    def _pays(self, left: float) -> bool:
-        """Whether the cluster's CPUs would do what takes `left` seconds here so much sooner.
+    def _pays(self, seconds: float, count: int) -> bool:
+        """Whether tasks are worth it for `count` slices of so many seconds each.
 
         A cluster without any CPU is one that grows when tasks wait.
         """
-        cpus = ray.cluster_resources().get("CPU", 0)
-        return left * (1 - 1 / cpus if cpus else 1) > self.start
+        at_once = int(ray.cluster_resources().get("CPU", 0)) or count
+        rounds = math.ceil(count / max(at_once, 1))
+        return seconds * (count - rounds) > self.start
 
 
 @ray.remote(num_cpus=1)

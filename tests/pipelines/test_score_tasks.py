@@ -106,10 +106,10 @@ def test_the_step_writes_the_same_bytes_over_tasks(
         return tasks(task, shared, items, *more)
 
     monkeypatch.setattr(score_tasks, "run_tasks", counted)
-    monkeypatch.setattr(OverTasks, "_pays", lambda self, left: False)
+    monkeypatch.setattr(OverTasks, "_pays", lambda *_: False)
     scores, written = step(storage, trained, "work/here")
     assert not ran
-    monkeypatch.setattr(OverTasks, "_pays", lambda self, left: True)
+    monkeypatch.setattr(OverTasks, "_pays", lambda *_: True)
     assert step(storage, trained, "work/tasks") == (scores, written)
     assert ran == [3]
     found = json.loads(written["evaluation.json"])
@@ -174,11 +174,20 @@ def test_a_stack_of_features_is_not_sent_to_tasks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cpus", "left", "pays"),
-    [(2, 10.0, False), (2, 13.0, True), (16, 7.0, True), (16, 6.0, False), (1, 1e6, False), (0, 7.0, True)],
+    ("cpus", "seconds", "count", "pays"),
+    [
+        (2, 2.0, 7, True),  # four rounds of 2 s in place of seven
+        (2, 1.0, 7, False),
+        (2, 9.0, 1, False),
+        (2, 9.0, 0, False),
+        (16, 1.0, 7, True),
+        (1, 9.0, 99, False),
+        (0, 2.0, 7, True),
+        (0, 2.0, 0, False),
+    ],
 )
 def test_tasks_are_for_what_takes_longer_than_their_start(
-    monkeypatch: pytest.MonkeyPatch, cpus: int, left: float, pays: bool
+    monkeypatch: pytest.MonkeyPatch, cpus: int, seconds: float, count: int, pays: bool
 ) -> None:
     monkeypatch.setattr(score_tasks.ray, "cluster_resources", lambda: {"CPU": cpus} if cpus else {})
-    assert OverTasks((), start=6.0)._pays(left) == pays
+    assert OverTasks((), start=5.0)._pays(seconds, count) == pays
