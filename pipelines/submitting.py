@@ -19,6 +19,7 @@ from pipelines import local_cluster
 from pipelines.provenance import code_version
 from pipelines.reading import names_a_user
 from pipelines.recipe import Recipe
+from pipelines.session import SETTINGS
 
 REACH = 5.0  # seconds within which a head accepts a connection and answers
 LOST = 5  # times in a row that following a log is taken up again
@@ -40,7 +41,7 @@ def submit(recipe: Recipe, address: str) -> str:
         return client.submit_job(
             entrypoint=ENTRYPOINT,
             submission_id=submission_id(recipe),
-            runtime_env={"working_dir": str(folder), "env_vars": {"PYTHONUNBUFFERED": "1"}},
+            runtime_env={"working_dir": str(folder), "env_vars": SETTINGS | {"PYTHONUNBUFFERED": "1"}},
             metadata={"recipe": recipe.name, "digest": recipe.digest},
         )
 

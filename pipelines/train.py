@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import pickle
 import shutil
 import statistics
 import sys
@@ -260,7 +261,7 @@ def fit(
 def read_checkpoint(checkpoint: Checkpoint) -> tuple[dict[str, Any], list[Point]]:
     """The state and the journal of a checkpoint, wherever it lies."""
     with checkpoint.as_directory() as folder:
-        return _read(Path(folder))
+        return _read(Path(folder), checkpoint.path)
 
 
 def read_best(job: TrainJob, journal: list[Point]) -> dict[str, Any] | None:
@@ -285,7 +286,7 @@ def read_part(storage: Storage) -> tuple[dict[str, Any], list[Point]]:
     with tempfile.TemporaryDirectory() as temporary:
         for name in FILES:
             storage.download(name, Path(temporary) / name)
-        return _read(Path(temporary))
+        return _read(Path(temporary), storage.uri)
 
 
 def _write(folder: Path, state: dict[str, Any], journal: list[Point]) -> None:
@@ -293,8 +294,14 @@ def _write(folder: Path, state: dict[str, Any], journal: list[Point]) -> None:
     (folder / "journal.json").write_text(json.dumps(journal))
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], list[Point]]:
-    """Never unpickled: weights_only."""
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+def _read(folder: Path, where: str) -> tuple[dict[str, Any], list[Point]]:
+    """Never unpickled: weights_only. Raises ValueError for a state that is damaged or holds more than tensors."""
+    try:
+        state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"{where}/state.pt is damaged, or holds more than tensors, and is not read: delete {Path(where).parent} to "
+            "train from the start"
+        ) from error
     journal = json.loads((folder / "journal.json").read_text())
     return state, [(int(step), values) for step, values in journal]

@@ -23,12 +23,12 @@ from stores import Store, photograph
 from data_prep.storage import open_storage
 from models.features import load_features
 from pipelines.__main__ import main
-from pipelines.attempt import failure
+from pipelines.attempt import FINAL, failure
 from pipelines.export_version import export_version
 from pipelines.importing import import_checkpoint
 from pipelines.program import clean_program
 from pipelines.registry import RegistryError, load_model
-from pipelines.train import read_checkpoint, read_part
+from pipelines.train import read_checkpoint, read_part, write_part
 from pipelines.weights import load_weights
 
 GRAPH, CONFIG = "model/models/model.json", "model/data/weights/model_weights_config.json"
@@ -84,6 +84,18 @@ def test_a_pickled_checkpoint_is_refused(way: str, tmp_path: Path, sprung: Path)
         WAYS[way](folder)
     assert "\n" not in failure(error.value)["error"]  # as a step says it
     assert not sprung.exists()
+
+
+@pytest.mark.parametrize("left", [0, 100, 900])
+def test_a_damaged_checkpoint_is_refused_by_name(left: int, tmp_path: Path) -> None:
+    folder = tmp_path / "training" / "step-1"
+    folder.mkdir(parents=True)
+    write_part(open_storage(folder), {"step": 1, "weights": torch.arange(100.0)}, [])
+    whole = (folder / "state.pt").read_bytes()
+    (folder / "state.pt").write_bytes(whole[:left])
+    with pytest.raises(ValueError, match=f"{folder}/state.pt is damaged.* delete {folder.parent} to") as error:
+        read_checkpoint(Checkpoint(str(folder)))
+    assert isinstance(error.value, FINAL)  # it would only come again
 
 
 def test_the_trap_springs_where_it_is_not_refused(tmp_path: Path, sprung: Path) -> None:
