@@ -1,3 +1,3 @@
-"""What is run, and the only part that knows Ray and MLflow: recipes, the workflow and its durable steps,
-training, evaluation, the registry and the report. The command line `inpaint` is in `__main__.py`.
+"""What is run, and the only part that knows Ray and MLflow. `workflow.py` is the chain, `durable/` how it survives; the
+links are `data/`, `training/`, `sweeps/`, `evaluation/` and `registry/`; recipes are typed in `recipe.py`.
 """

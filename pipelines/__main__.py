@@ -1,4 +1,4 @@
-"""The command line, installed as `inpaint`: arguments and errors; what the commands do is in commands.py."""
+"""The command line, installed as `inpaint`: arguments and errors; what the commands do is in cli/."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from pipelines.data_commands import add_data
-from pipelines.model_commands import add_models
-from pipelines.service_commands import add_services
+from pipelines.cli.data_commands import add_data
+from pipelines.cli.model_commands import add_models
+from pipelines.cli.service_commands import add_services
 
 MODEL = "models:/NAME@ALIAS, models:/NAME/VERSION or a checkpoint folder"
 RECIPE = "name of a shipped recipe, or a YAML file"
@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-    from pipelines import commands
+    from pipelines.cli import commands
 
     try:
         name = args.command.replace("-", "_")

@@ -95,9 +95,9 @@ def check_recipe(recipe: Recipe) -> None:
     Imports torch. Raises RecipeError in one line, before anything has run.
     """
     from data_prep.masks import open_masks
-    from pipelines.distances import pooled_features
-    from pipelines.evaluate import EvaluationSpec
-    from pipelines.metrics import DEFINITIONS
+    from pipelines.evaluation.distances import pooled_features
+    from pipelines.evaluation.evaluate import EvaluationSpec
+    from pipelines.evaluation.metrics import DEFINITIONS
 
     for key in recipe.models:
         check_model(recipe, key)

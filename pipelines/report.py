@@ -16,10 +16,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
 from pipelines.charts import Points, StepBox, curve_svg, duration, graph_svg
-from pipelines.figures import Grid, encode_png
-from pipelines.metrics import DEFINITIONS
-from pipelines.scores import Evaluation
-from pipelines.tables import COLUMNS, band_tables, tables
+from pipelines.evaluation.figures import Grid, encode_png
+from pipelines.evaluation.metrics import DEFINITIONS
+from pipelines.evaluation.scores import Evaluation
+from pipelines.evaluation.tables import COLUMNS, band_tables, tables
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
     photographs --shard--> tars --edges(sigma)--> edge tars
         --train(model) x N--> weights --evaluate--> scores --register--> versions
 
-Each arrow is a durable step; what a step does is in steps.py, model_steps.py and registering.py, how it
-survives in durable.py.
+Each arrow is a durable step; what a step does is in its folder's step.py, how it survives in durable/.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from data_prep.slices import Listing
 from data_prep.sources import open_source
 from data_prep.storage import open_storage
 from models import takes_edges
-from pipelines.durable import Step, StepContext, Workflow
+from pipelines.durable.steps import Step, StepContext, Workflow
 from pipelines.recipe import Recipe
 from pipelines.tracking import Tracking, shown
 
@@ -52,7 +51,7 @@ def build_workflow(
     steps.append(
         Step(
             "evaluate",
-            Later("model_steps", "evaluate"),
+            Later("evaluation.step", "evaluate"),
             recipe.evaluate.model_dump(mode="json"),
             needs=("shard", *trained),
         )
@@ -70,7 +69,7 @@ def build_workflow(
             steps.append(
                 Step(
                     f"register-{key}",
-                    Later("registering", "register"),
+                    Later("registry.step", "register"),
                     config,
                     needs,
                     outside="pipelines.tracking:still_registered",
@@ -94,7 +93,7 @@ def with_parent(workflow: Workflow, parent: str) -> Workflow:
 def shard_step(recipe: Recipe) -> Step:
     source = open_source(recipe.data.source, recipe.data.size, recipe.data.root)
     config = {**sharding(recipe), "source": source.uri, "listing": Listing(source).digest}
-    return Step("shard", Later("steps", "shard"), config, version=2)
+    return Step("shard", Later("data.step", "shard"), config, version=2)
 
 
 def sharding(recipe: Recipe) -> dict[str, Any]:
@@ -133,7 +132,7 @@ def train_step(recipe: Recipe, key: str, sigmas: tuple[float, ...]) -> Step:
     needs = ("shard", *(edges_name(sigma) for sigma in sigmas))
     return Step(
         f"train-{key}",
-        Later("model_steps", "train"),
+        Later("training.step", "train"),
         config,
         needs,
         local={
@@ -162,7 +161,7 @@ def edge_source(recipe: Recipe, key: str) -> str:
 
 
 def edges_step(sigma: float) -> Step:
-    return Step(edges_name(sigma), Later("steps", "edges"), {"sigma": sigma}, needs=("shard",), version=2)
+    return Step(edges_name(sigma), Later("data.step", "edges"), {"sigma": sigma}, needs=("shard",), version=2)
 
 
 def edges_name(sigma: float) -> str:

@@ -16,7 +16,7 @@ from ports import free_port
 START = """
 import sys
 from pathlib import Path
-from pipelines.services import s3
+from pipelines.cluster.services import s3
 s3(Path(sys.argv[1]), int(sys.argv[2]))
 """
 SECONDS = 60  # until it must answer: the machine may be busy

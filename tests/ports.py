@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipelines.loopback import free_ports
+from pipelines.cluster.loopback import free_ports
 
 
 def free_port() -> int:

@@ -19,13 +19,13 @@ from data_prep.sources import open_source
 from data_prep.storage import Storage, open_storage
 from models.base import Model
 from pipelines import registry, tracking
-from pipelines.completers import completer, photographs
-from pipelines.durable import StepContext
-from pipelines.evaluate import EvaluationSpec, evaluate
+from pipelines.durable.steps import StepContext
+from pipelines.evaluation.completers import completer, photographs
+from pipelines.evaluation.evaluate import EvaluationSpec, evaluate
 from pipelines.provenance import TAG
-from pipelines.registering import register
+from pipelines.registry.step import register
 from pipelines.tracking import Tracking
-from pipelines.weights import save_weights
+from pipelines.training.weights import save_weights
 
 SIGMA = 1.5
 

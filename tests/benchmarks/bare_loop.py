@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from pipelines.train import make_learner, make_stream
+from pipelines.training.train import make_learner, make_stream
 
 
 def main() -> None:

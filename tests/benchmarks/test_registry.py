@@ -17,9 +17,9 @@ from mlflow_server import AS_ADMIN, acting_as, mlflow_server
 
 from models import build_model
 from pipelines import registry
-from pipelines.metrics import BANDS, DEFINITIONS
-from pipelines.searching import SCORES, scores_tag
-from pipelines.versions import connected
+from pipelines.evaluation.metrics import BANDS, DEFINITIONS
+from pipelines.registry.searching import SCORES, scores_tag
+from pipelines.registry.versions import connected
 
 VERSIONS, LIMIT = 500, 5.0  # seconds
 COMMANDS = (

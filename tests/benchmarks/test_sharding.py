@@ -18,7 +18,7 @@ from photographs import Crops
 from data_prep.preparing import ShardOptions
 from data_prep.shards import write_slice
 from data_prep.storage import open_storage
-from pipelines.fanout import shard_photographs
+from pipelines.data.fanout import shard_photographs
 
 OPTIONS = ShardOptions(size=256)
 MANY, FEW = 50_000, 1_000

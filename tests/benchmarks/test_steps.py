@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from models import build_model
-from pipelines.learner import Learner, Schedule, make_schedule
 from pipelines.reading import load_recipe, shipped_recipes
-from pipelines.train import keep_memory
+from pipelines.training.learner import Learner, Schedule, make_schedule
+from pipelines.training.train import keep_memory
 
 ROUNDS = 3
 

@@ -24,11 +24,11 @@ from photographs import Crops
 from data_prep.preparing import ShardOptions
 from data_prep.shards import assemble, make_slice, plan
 from data_prep.storage import open_storage
-from pipelines.attempt import Board, Progress
-from pipelines.job import TrainJob
+from pipelines.cluster.session import ray_session
+from pipelines.durable.attempt import Board, Progress
 from pipelines.reading import load_recipe
-from pipelines.session import ray_session
-from pipelines.train import fit
+from pipelines.training.job import TrainJob
+from pipelines.training.train import fit
 
 STEPS, EVERY, ROUNDS = 60, 10, 3
 HERE = Path(__file__).parent

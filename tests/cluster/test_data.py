@@ -19,8 +19,8 @@ from harness import RECIPE, clean_environment, family, kill, wait_for
 from data_prep.shards import load_manifest
 from data_prep.sources import bundled_photo
 from data_prep.storage import open_storage
+from pipelines.cluster.session import ray_session
 from pipelines.reading import parse_recipe
-from pipelines.session import ray_session
 from pipelines.workflow import build_workflow
 
 PHOTOS = 360

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.storage import open_storage
-from pipelines import lease
-from pipelines.durable import Step, StepStatus, Workflow
+from pipelines.durable import lease
+from pipelines.durable.steps import Step, StepStatus, Workflow
 
 DEADLINE = 90.0
 NAMES = ("one", "two", "three", "four")
@@ -23,7 +23,7 @@ DRIVER = """
 import os, sys, time
 import ray
 from data_prep.storage import open_storage
-from pipelines.durable import Step, Workflow
+from pipelines.durable.steps import Step, Workflow
 
 
 def work(ctx):

@@ -25,9 +25,9 @@ from mlflow_server import RestartedServer
 
 from data_prep.storage import open_storage
 from data_prep.stream import Stream
-from pipelines import local_cluster
-from pipelines.bookkeeping import SUM, samples_sum
+from pipelines.cluster import local_cluster
 from pipelines.reading import parse_recipe
+from pipelines.training.bookkeeping import SUM, samples_sum
 
 pytestmark = pytest.mark.timeout(900)
 

@@ -26,8 +26,8 @@ from mlflow import MlflowClient
 from mlflow_server import acting_as
 from ports import free_port
 
-from pipelines import local_cluster
-from pipelines.services import read_environment
+from pipelines.cluster import local_cluster
+from pipelines.cluster.services import read_environment
 
 ROOT = Path(__file__).parents[2]
 PLANTED = {
@@ -359,7 +359,7 @@ def test_down_ends_what_it_started_and_nothing_else(place: Place) -> None:
 def test_a_private_ray_stays_on_loopback(place: Place) -> None:
     """What every command starts when no cluster is named."""
     program = (
-        "import sys\nfrom pipelines.session import ray_session\n"
+        "import sys\nfrom pipelines.cluster.session import ray_session\n"
         "with ray_session():\n import ray\n print(ray.get(ray.remote(lambda: 1).remote()), flush=True)\n sys.stdin.read()"
     )
     process = subprocess.Popen(

@@ -13,9 +13,9 @@ from harness import clean_environment, family, kill
 from mlflow import MlflowClient
 from mlflow_server import ADMIN, AS_ADMIN, Server, acting_as, mlflow_server
 
-from pipelines import aliases, registry
+from pipelines import registry
 from pipelines.__main__ import main
-from pipelines.registry import RegistryError
+from pipelines.registry import RegistryError, aliases
 
 ROUNDS = 8
 

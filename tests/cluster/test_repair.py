@@ -15,10 +15,10 @@ from data_prep.checking import Finding
 from data_prep.preparing import ShardOptions
 from data_prep.sources import bundled_photo
 from data_prep.storage import Storage, open_storage
-from pipelines.fanout import check_shards, make_edges, shard_photographs
-from pipelines.looking import Check
-from pipelines.repairing import repair
-from pipelines.session import ray_session
+from pipelines.cluster.session import ray_session
+from pipelines.data.fanout import check_shards, make_edges, shard_photographs
+from pipelines.data.looking import Check
+from pipelines.data.repairing import repair
 
 
 def sums(folder: Path) -> dict[str, str]:

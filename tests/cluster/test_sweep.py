@@ -10,7 +10,7 @@ from harness import Run, digest, family, kill, wait_for
 from mlflow_server import RestartedServer
 
 from pipelines.reading import load_recipe
-from pipelines.sweep_result import FAILED, FINISHED, STOPPED, SweepResult
+from pipelines.sweeps.result import FAILED, FINISHED, STOPPED, SweepResult
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -15,13 +15,13 @@ import pytest
 import ray
 
 from data_prep.storage import open_storage
-from pipelines.attempt import Progress
-from pipelines.ledger import Ledger
+from pipelines.durable.attempt import Progress
 from pipelines.reading import parse_recipe
-from pipelines.space import milestones, sweep_of
-from pipelines.sweep_result import FAILED, FINISHED, STOPPED, Trial
-from pipelines.trial import Trials
-from pipelines.tuning import Books, tune_trials
+from pipelines.sweeps.ledger import Ledger
+from pipelines.sweeps.result import FAILED, FINISHED, STOPPED, Trial
+from pipelines.sweeps.space import milestones, sweep_of
+from pipelines.sweeps.trial import Trials
+from pipelines.sweeps.tuning import Books, tune_trials
 
 FIELD = "model.lambda_adv"
 STEPS = 90

@@ -16,8 +16,7 @@ from data_prep.shards import assemble, load_manifest, make_slice, plan
 from data_prep.sources import open_source
 from data_prep.storage import open_storage
 from data_prep.tars import read_index
-from pipelines.figures import DRAWN_EDGE, decode_png
-from pipelines.looking import (
+from pipelines.data.looking import (
     Check,
     contact_sheet,
     facts,
@@ -27,6 +26,7 @@ from pipelines.looking import (
     overlaid,
     repeated,
 )
+from pipelines.evaluation.figures import DRAWN_EDGE, decode_png
 
 SIGMA = 1.5
 

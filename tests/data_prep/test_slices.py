@@ -19,7 +19,7 @@ OPTIONS = ShardOptions(size=32, format="png", val=0.2, test=0)
 
 
 def shard(source, out, length=5, stop_after=None, options=OPTIONS):
-    """What pipelines.fanout does, in this process; the numbers of the slices that were made."""
+    """What pipelines.data.fanout does, in this process; the numbers of the slices that were made."""
     slices, parts = plan(source, out, options, length)
     made = []
     for piece in slices:

@@ -18,8 +18,8 @@ from ray.autoscaler._private.aws.config import bootstrap_aws
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from pipelines.__main__ import parser
+from pipelines.cluster.submitting import portable
 from pipelines.reading import load_recipe
-from pipelines.submitting import portable
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"

@@ -17,8 +17,7 @@ from stores import Chain, Store, network_input, photograph
 
 from models import build_model
 from models.base import Model
-from pipelines import exporting
-from pipelines.registry import LoadedModel, load_model, show
+from pipelines.registry import LoadedModel, exporting, load_model, show
 
 
 @pytest.fixture(scope="session")

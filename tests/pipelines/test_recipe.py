@@ -144,7 +144,7 @@ TAGS = (
 
 @pytest.mark.parametrize("tag", TAGS)
 def test_no_yaml_runs_code_and_no_value_does(tag: str, tmp_path) -> None:
-    from pipelines.importing import parse_settings
+    from pipelines.registry.importing import parse_settings
 
     sprung = tmp_path / "sprung"
     value = tag.format(sprung)

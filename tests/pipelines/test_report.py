@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from pipelines.charts import StepBox, curve_svg, duration, graph_svg
-from pipelines.evaluate import EvaluationSpec, baselines, evaluate
-from pipelines.figures import Grid
+from pipelines.evaluation.evaluate import EvaluationSpec, baselines, evaluate
+from pipelines.evaluation.figures import Grid
 from pipelines.report import Curves, ReportData, report_html, write_report
 
 VOID = {"meta", "img", "br", "wbr"}

@@ -8,8 +8,8 @@ import pytest
 
 from data_prep.storage import open_storage
 from pipelines import tracking
-from pipelines.durable import Workflow
-from pipelines.outcome import next_commands
+from pipelines.cli.outcome import next_commands
+from pipelines.durable.steps import Workflow
 from pipelines.reading import parse_recipe
 from pipelines.tracking import Tracking, TrackingError, tracking_for
 

@@ -1,0 +1,1 @@
+"""Where it runs: Ray here or there, clusters and servers of this machine, jobs."""

@@ -1,0 +1,192 @@
+"""`inpaint services`: an MLflow server and an S3 server, on loopback unless told otherwise, with the passwords of the
+environment or generated ones in files of mode 600."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+from pipelines.cluster.loopback import LOOPBACK, free_ports
+
+BUCKET = "inpaint"
+EXTRA = "pip install 'inpaint-pipelines[services]'"
+AUTH = """[mlflow]
+default_permission = READ
+database_uri = sqlite:///{folder}/users.db
+admin_username = admin
+authorization_function = mlflow.server.auth:authenticate_request_basic_auth
+"""
+
+
+class ServiceError(RuntimeError):
+    """A server that cannot be started; one line."""
+
+
+def mlflow(
+    folder: Path,
+    port: int,
+    backend: str | None = None,
+    artifacts: str | None = None,
+    host: str = LOOPBACK,
+    allowed_hosts: str | None = None,
+) -> NoReturn:
+    """Become `mlflow server` with users, artifacts through it; `allowed_hosts` are the names it may be reached by."""
+    if find_spec("flask_wtf") is None:
+        raise ServiceError(f"users of an MLflow server need the package Flask-WTF: {EXTRA}")
+    _prepare(folder, host, port)
+    known = read_environment(folder / "mlflow.env") | os.environ
+    password = known.get("MLFLOW_TRACKING_PASSWORD") or secrets.token_urlsafe(24)
+    uri = f"http://{_reached(host)}:{port}"
+    own = {
+        "MLFLOW_TRACKING_URI": uri,
+        "MLFLOW_TRACKING_USERNAME": "admin",
+        "MLFLOW_TRACKING_PASSWORD": password,
+    }
+    write_environment(folder / "mlflow.env", own)
+    (folder / "auth.ini").write_text(AUTH.format(folder=folder))
+    server = {
+        "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
+        "MLFLOW_AUTH_ADMIN_USERNAME": "admin",
+        "MLFLOW_AUTH_ADMIN_PASSWORD": password,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
+        "MLFLOW_BACKEND_STORE_URI": backend
+        or f"sqlite:///{folder}/mlflow.db",  # may hold a password: not for `ps`
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # a dozen processes that nothing here needs
+    }
+    command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"]
+    command += ["--artifacts-destination", artifacts or str(folder / "artifacts")]
+    command += ["--host", host, "--port", str(port), "--workers", "2"]
+    command += ["--allowed-hosts", allowed_hosts] if allowed_hosts else []
+    print(
+        f"MLflow at {uri}; address and password are in {folder}/mlflow.env: source it. Ctrl-C ends it.",
+        flush=True,
+    )
+    _become(command, folder, server)
+
+
+def s3(folder: Path, port: int, host: str = LOOPBACK) -> NoReturn:
+    """Become JuiceFS's S3 gateway, its files and its SQLite database in the folder."""
+    program = _juicefs()
+    _prepare(folder, host, port)
+    known = read_environment(folder / "s3.env") | os.environ
+    endpoint = f"http://{_reached(host)}:{port}"
+    own = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": known.get("AWS_ACCESS_KEY_ID") or secrets.token_hex(10),
+        "AWS_SECRET_ACCESS_KEY": known.get("AWS_SECRET_ACCESS_KEY") or secrets.token_hex(20),
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    write_environment(folder / "s3.env", own)
+    server = {
+        "MINIO_ROOT_USER": own["AWS_ACCESS_KEY_ID"],
+        "MINIO_ROOT_PASSWORD": own["AWS_SECRET_ACCESS_KEY"],
+    }
+    database = f"sqlite3://{folder}/files.db"
+    command = [program, "--no-agent", "gateway", "--no-color", "--no-banner", "--no-usage-report"]
+    command += ["--log", str(folder / "gateway.log"), "--cache-size", "0", "--metrics", f"{LOOPBACK}:0"]
+    # tokens of claims are metadata; the checks of the storage are ETags; its top folders are buckets
+    command += ["--object-meta", "--keep-etag", "--multi-buckets", "--backup-meta", "0"]
+    command += [database]
+    if not (folder / "files.db").exists():
+        format = [program, "format", "--no-color", "--trash-days", "0", "--storage", "file"]
+        format += ["--bucket", f"{folder}/files/", database, BUCKET]
+        _first_bucket(folder, format, command, server)
+    print(
+        f"S3 at {endpoint}, bucket s3://{BUCKET}; address and keys are in {folder}/s3.env: source it. Ctrl-C ends it.",
+        flush=True,
+    )
+    _become([*command, f"{host}:{port}"], folder, server)
+
+
+def _first_bucket(folder: Path, format: list[str], gateway: list[str], server: dict[str, str]) -> None:
+    """Format the folder, and make the bucket by a gateway that lives for the moment, on a port of its own."""
+    import boto3
+    from botocore.config import Config
+
+    made = subprocess.run(format, capture_output=True, text=True)
+    try:
+        if made.returncode:
+            last = (made.stderr.strip() or made.stdout.strip() or "no reason given").splitlines()[-1]
+            raise ServiceError(f"juicefs format failed in {folder}: {last}")
+        address = f"{LOOPBACK}:{free_ports()[0]}"
+        with open(folder / "first.log", "w") as log:
+            first = subprocess.Popen(
+                [*gateway, address], env={**os.environ, **server}, stdout=log, stderr=log
+            )
+        try:
+            boto3.client(
+                "s3",
+                endpoint_url=f"http://{address}",
+                aws_access_key_id=server["MINIO_ROOT_USER"],
+                aws_secret_access_key=server["MINIO_ROOT_PASSWORD"],
+                region_name="us-east-1",
+                config=Config(retries={"mode": "standard", "total_max_attempts": 8}),
+            ).create_bucket(Bucket=BUCKET)
+        finally:
+            first.terminate()
+            first.wait()
+    except BaseException:
+        for leftover in folder.glob("files.db*"):
+            leftover.unlink()
+        raise
+
+
+def write_environment(path: Path, values: dict[str, str]) -> None:
+    """A file to be sourced."""
+    write_private(path, "".join(f"export {key}={value}\n" for key, value in values.items()))
+
+
+def write_private(path: Path, text: str) -> None:
+    """A file that is readable by its owner alone from the moment it exists."""
+    temporary = path.with_suffix(".tmp")
+    temporary.unlink(missing_ok=True)
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    os.replace(temporary, path)
+
+
+def read_environment(path: Path) -> dict[str, str]:
+    """What `write_environment` wrote; {} when there is no such file."""
+    if not path.exists():
+        return {}
+    pairs = (line.removeprefix("export ").partition("=") for line in path.read_text().splitlines())
+    return {key: value for key, _, value in pairs if key}
+
+
+def _reached(host: str) -> str:
+    """How this machine reaches a server that listens there."""
+    return LOOPBACK if host in ("0.0.0.0", "::") else host
+
+
+def _prepare(folder: Path, host: str, port: int) -> None:
+    os.umask(0o077)  # databases and artifacts are its owner's too
+    folder.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as one:
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            one.bind((host, port))
+        except OSError as error:
+            raise ServiceError(
+                f"port {port} of {host} cannot be had ({error.strerror}); give another --port"
+            ) from None
+
+
+def _juicefs() -> str:
+    beside = Path(sys.executable).with_name("juicefs")
+    found = str(beside) if beside.exists() else shutil.which("juicefs")
+    if found is None:
+        raise ServiceError(f"the S3 server is the program juicefs, which is not here: {EXTRA}")
+    return found
+
+
+def _become(command: list[str], folder: Path, own: dict[str, str]) -> NoReturn:
+    os.chdir(folder)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    os.execve(command[0], command, {**os.environ, **own, "PATH": path})

@@ -1,0 +1,148 @@
+"""Searching versions, and the best of them under one protocol."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+from mlflow.entities import Metric
+from stores import Store
+
+from pipelines import registry
+from pipelines.cli.model_text import ranking
+from pipelines.registry import RegistryError
+from pipelines.registry.searching import column_of, split_column
+
+OLD, NEW = "0a1b: 84 photographs of 64x64", "9f8e: 120 photographs of 64x64"
+
+
+@pytest.fixture
+def scored(bare: Store) -> Store:
+    """`edges` with five versions under two protocols and one of an earlier release; `encoder` with one."""
+    scores = [
+        (OLD, {"center/psnr_rgb_hole": 17.0, "center/20-30/psnr_rgb_hole": 17.0, "center/fd": 300.0}),
+        (OLD, {"center/psnr_rgb_hole": 18.5, "center/20-30/psnr_rgb_hole": 18.0, "center/fd": 350.0}),
+        (NEW, {"center/psnr_rgb_hole": 16.0, "center/20-30/psnr_rgb_hole": 16.5}),
+        (NEW, {"center/psnr_rgb_hole": 16.2, "center/l1_percent": 3.0}),
+        (NEW, {"brush/psnr_rgb_hole": 30.0, "brush/0-10/psnr_rgb_hole": 31.0}),
+    ]
+    client = bare.client
+    for name in ("edges", "encoder"):
+        client.create_registered_model(name)
+    for number, (protocol, found) in enumerate(scores):
+        tags = {"model": "edge_connect", "sigma": "2", "size": "64", "inpaint.recipe": f"recipe-{number + 1}"}
+        tags |= {
+            "inpaint.protocol": protocol,
+            "inpaint.scores": json.dumps(found),
+            "inpaint.commit": "abc-dirty",
+        }
+        client.create_model_version("edges", "file:///nowhere", bare.run, tags=tags)
+    experiment = client.get_run(bare.run).info.experiment_id
+    for name, score in (
+        ("edges", 15.0),
+        ("encoder", 19.0),
+    ):  # as an earlier release did: metrics of the logged model alone
+        model = client.create_logged_model(experiment, name, bare.run).model_id
+        client.log_batch(bare.run, metrics=[Metric("center/psnr_rgb_hole", score, 0, 0, model)])
+        with registry.connected(bare.uri):
+            client.create_model_version(name, f"models:/{model}", bare.run, model_id=model)
+    client.set_registered_model_alias("edges", "champion", "2")
+    return bare
+
+
+def test_a_frame_has_a_row_a_version(scored: Store) -> None:
+    frame = registry.search(tracking_uri=scored.uri)
+    assert isinstance(frame, pd.DataFrame)
+    assert len(frame) == 7
+    assert list(frame.columns[:11]) == [
+        *(
+            "name",
+            "version",
+            "aliases",
+            "created",
+            "model",
+            "sigma",
+            "size",
+            "run_id",
+            "recipe",
+            "commit",
+            "protocol",
+        )
+    ]
+    second = frame[(frame["name"] == "edges") & (frame["version"] == 2)].iloc[0]
+    assert (second["aliases"], second["model"], second["sigma"], second["size"]) == (
+        *(["champion"], "edge_connect", 2.0, 64),
+    )
+    assert (second["recipe"], second["commit"], second["run_id"]) == ("recipe-2", "abc-dirty", scored.run)
+    assert second["center/20-30/psnr_rgb_hole"] == 18.0
+    assert frame["created"].dt.tz is not None
+    assert frame["brush/psnr_rgb_hole"].notna().sum() == 1, "nan: not scored so"
+    only = registry.search("encoder", tracking_uri=scored.uri).iloc[0]
+    assert only["center/psnr_rgb_hole"] == 19.0, "an earlier release's"
+
+
+def test_conditions_order_and_limit(scored: Store) -> None:
+    def versions(**options: object) -> list[int]:
+        return list(registry.search("edges", tracking_uri=scored.uri, **options)["version"])  # type: ignore[arg-type]
+
+    assert versions(where="center/psnr_rgb_hole > 16.1", order_by="version") == [1, 2, 4]
+    assert versions(where=["center/psnr > 16.1", "fd < 320"]) == [1]
+    assert versions(order_by="center/psnr desc", limit=2) == [2, 1]
+    assert versions(order_by="center/psnr", limit=1) == [6], "of an earlier release, and the worst"
+    assert sorted(versions(filter="tags.`inpaint.recipe` = 'recipe-3'")) == [3]
+    assert sorted(versions(where="sigma == 2")) == [1, 2, 3, 4, 5]
+    assert versions(where="size != 64", order_by="version") == [], "what is not known meets no condition"
+    assert registry.search("nobody", tracking_uri=scored.uri).empty
+    for options, words in (
+        ({"where": "center/psnr"}, "is no condition: write, for example"),
+        ({"where": "psnr > 17"}, "scored with masks brush and center: say which"),
+        ({"where": "center/psrn > 17"}, "no score 'psrn': did you mean psnr"),
+        ({"where": "center/30-40/psnr > 17"}, "masks brush, center; bands 0-10, 20-30, all"),
+        ({"order_by": "version down"}, "write a column, then `desc` or nothing"),
+        ({"filter": "nonsense"}, "MLflow at sqlite"),
+    ):
+        with pytest.raises(ValueError, match=words) as error:
+            versions(**options)
+        assert "\n" not in str(error.value)
+
+
+def test_columns_by_what_people_call_them() -> None:
+    columns = ["name", "a/b/psnr_rgb_hole", "a/b/20-30/psnr_rgb_hole", "10-20/psnr_rgb_hole"]
+    assert split_column("a/b/20-30/fd") == ("a/b", "20-30", "fd")
+    assert split_column("10-20/fd") == ("10-20", "", "fd"), "a folder of masks can be called so"
+    assert column_of(columns, "name") == "name"
+    assert column_of(columns, "20-30/psnr") == "a/b/20-30/psnr_rgb_hole"
+    assert column_of(columns, "a/b/psnr") == "a/b/psnr_rgb_hole"
+
+
+def test_the_best_of_each_protocol(scored: Store) -> None:
+    found = registry.best("edges", "psnr", masks="center", tracking_uri=scored.uri)
+    assert (found["metric"], found["masks"], found["band"]) == ("psnr_rgb_hole", "center", "all")
+    ranks = {group["protocol"]: [row["version"] for row in group["versions"]] for group in found["groups"]}
+    assert ranks == {None: ["6"], NEW: ["4", "3"], OLD: ["2", "1"]}
+    assert list(ranks) == [None, NEW, OLD], "the newest version's first"
+    assert found["unscored"] == ["5"]
+    text = ranking(found)
+    assert "scored under 3 protocols, whose scores do not compare" in text
+    assert "best psnr_rgb_hole on center masks: edges/2, 18.5" in text
+    assert "without this score: version 5" in text
+
+    found = registry.best("edges", band="20-30", tracking_uri=scored.uri)
+    assert [row["value"] for row in found["groups"][1]["versions"]] == [18.0, 17.0]
+    assert found["unscored"] == ["6", "5", "4"]
+    lowest = registry.best("edges", "fd", tracking_uri=scored.uri)["groups"][0]["versions"]
+    assert [row["version"] for row in lowest] == ["1", "2"], "a distance is better low"
+
+
+def test_what_there_is_no_best_of(scored: Store) -> None:
+    for options, words in (
+        ({"metric": "psnr"}, "versions of edges were scored with masks brush and center: say which"),
+        ({"metric": "psnr", "masks": "box"}, "have no psnr_rgb_hole for masks 'box': masks brush, center"),
+        ({"metric": "psnr", "band": "50-60"}, "in band '50-60': masks brush, center; bands 0-10, 20-30, all"),
+        ({"metric": "colour"}, "have no score 'colour': there are"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            registry.best("edges", tracking_uri=scored.uri, **options)  # type: ignore[arg-type]
+    with pytest.raises(RegistryError, match="no model 'edge': did you mean 'edges'"):
+        registry.best("edge", tracking_uri=scored.uri)
