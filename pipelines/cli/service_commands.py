@@ -114,35 +114,44 @@ Its keys are generated and kept, with the address, in DIR/s3.env (mode 600): sou
 
 def submit(args: argparse.Namespace) -> int:
     from pipelines.cluster import submitting
-    from pipelines.reading import recipe_of
 
     address = (args.address or os.environ.get("RAY_API_SERVER_ADDRESS") or "").rstrip("/")
     if not address:
         raise ValueError("--address is missing: give the head's dashboard, for example http://head:8265")
     if (args.recipe is None) == (args.attach is None):
         raise ValueError("give a RECIPE to submit, or --attach ID to follow a job")
-    job = args.attach
-    if job is None:
-        recipe, notes = submitting.portable(recipe_of(args), address)
-        if recipe.tracking is None and "://" in recipe.storage and not recipe.storage.startswith("file:"):
-            notes.append("no tracking is given: the job takes the cluster's MLFLOW_TRACKING_URI")
-        for note in notes:
-            print(f"note: {note}", file=sys.stderr)
-        job = submitting.submit(recipe, address)
-        print(f"job {job} is submitted to {address}", flush=True)
+    job = args.attach or _submit(args, address)
+    submitted = f"job {job} is submitted to {address}"
     if not args.wait:
+        print(submitted)
         print(f"follow it: {submitting.reattach(job, address)}")
         return 0
-    try:
-        submitting.follow(job, address)
-    except KeyboardInterrupt:
-        print(
-            f"\ndetached; the job goes on. Follow it again: {submitting.reattach(job, address)}\n"
-            f"or end it: ray job stop {job} --address {address}",
-            file=sys.stderr,
-        )
-        return 130
+    with submitting.noted_interrupt() as left:
+        if args.attach is None:
+            print(submitted, flush=True)
+        try:
+            submitting.follow(job, address, left)
+        except KeyboardInterrupt:
+            print(
+                f"\ndetached; the job goes on. Follow it again: {submitting.reattach(job, address)}\n"
+                f"or end it: ray job stop {job} --address {address}",
+                file=sys.stderr,
+            )
+            return 130
     return 0
+
+
+def _submit(args: argparse.Namespace, address: str) -> str:
+    """The id of the new job."""
+    from pipelines.cluster import submitting
+    from pipelines.reading import recipe_of
+
+    recipe, notes = submitting.portable(recipe_of(args), address)
+    if recipe.tracking is None and "://" in recipe.storage and not recipe.storage.startswith("file:"):
+        notes.append("no tracking is given: the job takes the cluster's MLFLOW_TRACKING_URI")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    return submitting.submit(recipe, address)
 
 
 def cluster(args: argparse.Namespace) -> int:

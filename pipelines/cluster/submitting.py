@@ -8,9 +8,11 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -191,14 +193,31 @@ def _token_place() -> str:
     return os.environ.get("RAY_AUTH_TOKEN_PATH") or "~/.ray/auth_token"
 
 
-def follow(job: str, address: str) -> None:
-    """Print the job's log until it ends. Raises SubmitError when it did not succeed.
+@contextmanager
+def noted_interrupt() -> Iterator[threading.Event]:
+    """Inside, a first Ctrl-C is noted and not raised: libraries can lose it, in the middle of an import, say."""
+    left = threading.Event()
+
+    def note(number: int, frame: Any) -> None:
+        if left.is_set():
+            raise KeyboardInterrupt
+        left.set()
+
+    former = signal.signal(signal.SIGINT, note)
+    try:
+        yield left
+    finally:
+        signal.signal(signal.SIGINT, former)
+
+
+def follow(job: str, address: str, left: threading.Event) -> None:
+    """Print the job's log until it ends. Raises SubmitError when it did not succeed, KeyboardInterrupt once `left`.
 
     A connection that is lost is taken up again, and what was printed already is not printed twice.
     """
     client = connect(address)
     try:
-        status, last = asyncio.run(_follow(client, job, address))
+        status, last = asyncio.run(_unless(left, _follow(client, job, address)))
     except RuntimeError as error:
         if "404" in str(error):
             raise SubmitError(f"there is no job {job} at {address}; `ray job list` names them") from None
@@ -209,6 +228,15 @@ def follow(job: str, address: str) -> None:
         message = client.get_job_info(job).message or ""
         last = next((line for line in reversed(message.splitlines()) if line.strip()), "it said nothing")
     raise SubmitError(f"job {job} {'was stopped' if status == 'STOPPED' else 'failed'}: {last.strip()}")
+
+
+async def _unless(left: threading.Event, following: Coroutine[Any, Any, tuple[str, str]]) -> tuple[str, str]:
+    task = asyncio.ensure_future(following)
+    while not task.done():
+        if left.is_set():
+            raise KeyboardInterrupt
+        await asyncio.wait({task}, timeout=0.2)
+    return task.result()
 
 
 async def _follow(client: Any, job: str, address: str) -> tuple[str, str]:

@@ -27,7 +27,6 @@ from ray.train import (
     RunConfig,
     ScalingConfig,
 )
-from ray.train.torch import TorchTrainer
 
 from data_prep.cache import ShardCache
 from data_prep.storage import Storage
@@ -41,6 +40,7 @@ from pipelines.training.bookkeeping import Bookkeeper, Meter, best_step
 from pipelines.training.job import TrainJob, out_of_memory, train_worker
 from pipelines.training.learner import Learner, make_schedule
 from pipelines.training.rendezvous import Rendezvous
+from pipelines.training.trainer import Trainer
 from pipelines.training.validate import Validation
 
 FILES = ("state.pt", "journal.json")  # of a checkpoint
@@ -226,10 +226,10 @@ def fit(
     per_worker = {"CPU": scaling["cpus_per_worker"], "GPU": scaling["gpus_per_worker"]}
     workers = scaling["workers"]
     try:
-        result = TorchTrainer(
+        result = Trainer(
             train_worker,
             train_loop_config={"job": job},
-            torch_config=Rendezvous(backend="nccl" if scaling["gpus_per_worker"] else "gloo"),
+            backend_config=Rendezvous(backend="nccl" if scaling["gpus_per_worker"] else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=workers if isinstance(workers, int) else tuple(workers),  # type: ignore[arg-type]
                 elastic_resize_monitor_interval_s=scaling["resize_every"],  # type: ignore[call-arg]  # Train V2's own

@@ -18,6 +18,10 @@ from ports import free_port
 
 ADMIN, PASSWORD = "admin", "the-admins-password-1"
 AS_ADMIN = {"MLFLOW_TRACKING_USERNAME": ADMIN, "MLFLOW_TRACKING_PASSWORD": PASSWORD}
+QUIET = {
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # a dozen processes that nothing here needs
+    "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+}
 CONFIG = """[mlflow]
 default_permission = READ
 database_uri = sqlite:///{folder}/users.db
@@ -61,9 +65,7 @@ def mlflow_server(folder: Path, authenticated: bool = True) -> Iterator[Server]:
         "MLFLOW_AUTH_ADMIN_USERNAME": ADMIN,
         "MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD,
         "MLFLOW_FLASK_SERVER_SECRET_KEY": "for-its-forms",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # a dozen processes that nothing here needs
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
+    } | QUIET  # fmt: skip
     command = [str(Path(sys.executable).with_name("mlflow")), "server"]
     command += ["--app-name", "basic-auth"] if authenticated else []
     command += ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
@@ -105,7 +107,7 @@ class RestartedServer:
         command += ["--backend-store-uri", store, "--artifacts-destination", artifacts, "--workers", "1"]
         self.process = subprocess.Popen(
             command,
-            env=clean_environment() | {"PYTHONUNBUFFERED": "1", "PATH": os.environ["PATH"]},
+            env=clean_environment() | QUIET,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )

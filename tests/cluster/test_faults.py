@@ -262,7 +262,7 @@ def test_elastic_workers_go_and_come_back_while_mlflow_is_away(
     local_cluster.replenish(nodes.cluster)
     elastic = {"workers": [1, 2], "max_failures": 10, "resize_every": 1}
     run = _training(make_run, nodes, "elastic", elastic, steps=2000)
-    every = 199  # no multiple of LOG, at which a worker leaves
+    every = 500
     run.recipe["train"]["checkpoint_every"] = every
     run.storage.mkdir()
     server = RestartedServer(run.storage)
