@@ -21,7 +21,7 @@ demo: $(READY)
 # what starts clusters of its own has the machine to itself; everything else shares it
 test: $(READY)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/cluster -n auto --maxprocesses 4 --dist loadfile
-	@$(BIN)/python -m pytest tests/cluster
+	@$(BIN)/python -m pytest tests/cluster -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	@$(BIN)/ruff check .

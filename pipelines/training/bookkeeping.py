@@ -22,7 +22,7 @@ class Meter:
     def __init__(self) -> None:
         self._since = time.perf_counter()
         self._mark: float | None = None  # when the step before ended
-        self._start: float | None = None  # seconds until the first batch, told once
+        self._start: float | None = None  # seconds until the first batch, told once, with the number of workers
         self._reset()
 
     def _reset(self) -> None:
@@ -54,7 +54,9 @@ class Meter:
         names = sorted(self._terms)
         values = learner.mean(torch.stack([torch.stack(self._terms[name]).mean() for name in names])).tolist()
         elapsed = time.perf_counter() - self._since
-        seconds = {} if self._start is None else {"seconds_to_start": self._start}
+        seconds: dict[str, float] = {}
+        if self._start is not None:
+            seconds |= {"seconds_to_start": self._start, "workers": float(learner.world)}
         seconds |= {"seconds_per_step": elapsed / self._steps, "data_wait": self._waited / max(elapsed, 1e-9)}
         data = {f"data/{name}": float(learner.total(count)) for name, count in counts.items()}
         data["data/samples_sum"] = float(learner.total(self._seen) % SUM)

@@ -261,7 +261,7 @@ def test_elastic_workers_go_and_come_back_while_mlflow_is_away(
     """
     local_cluster.replenish(nodes.cluster)
     elastic = {"workers": [1, 2], "max_failures": 10, "resize_every": 1}
-    run = _training(make_run, nodes, "elastic", elastic, steps=2000)
+    run = _training(make_run, nodes, "elastic", elastic, steps=2500)
     every = 500
     run.recipe["train"]["checkpoint_every"] = every
     run.storage.mkdir()
@@ -288,6 +288,8 @@ def test_elastic_workers_go_and_come_back_while_mlflow_is_away(
     finally:
         server.stop()
     check(run)
+    workers = [int(value) for _, value in curves(run, "workers")]  # at each start
+    assert (workers[0], min(workers), workers[-1]) == (2, 1, 2)
 
 
 def test_a_bucket_that_is_away_for_20_seconds_costs_no_worker(s3: str, make_run: Callable[..., Run]) -> None:
