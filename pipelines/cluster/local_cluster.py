@@ -255,6 +255,8 @@ def _launch(cluster: LocalCluster, name: str, arguments: Sequence[str]) -> None:
         session.SETTINGS | HEALTH | loopback.SETTINGS | environment(cluster) | {MARK: str(cluster.temporary)}
     )
     own |= {"PATH": f"{bin}{os.pathsep}{os.environ.get('PATH', '')}"}
+    # or its workers look for the head where another Ray of this machine has left its address, for 12 s a training
+    own["RAY_API_SERVER_ADDRESS"] = cluster.jobs
     if name != "head":
         own["RAY_START_HOOK"] = f"{loopback.__name__}.{loopback.join_on_loopback.__name__}"
     with open(cluster.folder / f"{name}.log", "w") as log:

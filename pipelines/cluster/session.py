@@ -29,11 +29,7 @@ SETTINGS = {
 }
 
 
-PRIVATE = {  # of a Ray of one node, without a dashboard
-    # Ray Train's cleaner would look for the dashboard for 12 s at the end of each training
-    "RAY_API_SERVER_ADDRESS": f"http://{loopback.LOOPBACK}:9",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-}
+PRIVATE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # of a Ray of one node, that ends with its driver
 
 
 @contextmanager

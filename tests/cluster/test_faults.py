@@ -176,10 +176,11 @@ class Schedule:
     kinds: list[str]
     nodes: Nodes
     run: Run
+    mlflow: RestartedServer | None = None
 
     def play(self) -> None:
         dice = random.Random(self.seed)
-        driver = self.run.start()
+        driver = self.start()
         at, room = 0, STEPS // EVERY // (len(self.kinds) + 1)
         for kind in self.kinds:
             at += dice.randint(1, room)
@@ -192,6 +193,9 @@ class Schedule:
             time.sleep(dice.uniform(0, 0.3))  # in the middle of some step
             driver = getattr(self, f"lose_{kind}")(dice, driver)
         assert self.run.finish(driver) == 0, f"{self.kinds}: {self.run.output}"
+
+    def start(self) -> subprocess.Popen[str]:
+        return self.run.start(*(("--tracking", self.mlflow.uri) if self.mlflow else ()))
 
     def lose_worker(self, dice: random.Random, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
         kill([dice.choice(found)] if (found := self.nodes.workers()) else [])
@@ -206,19 +210,32 @@ class Schedule:
     def lose_driver(self, dice: random.Random, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
         driver.kill()
         driver.wait()
-        return self.run.start()
+        return self.start()
 
     def lose_everything(self, dice: random.Random, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
         self.nodes.begin_anew()
         driver.wait(timeout=120)  # it says so, and ends
         self.run.environment = self.nodes.environment
-        return self.run.start()
+        return self.start()
+
+    def lose_mlflow(self, dice: random.Random, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
+        assert self.mlflow is not None
+        self.mlflow.stop()
+        return driver
+
+    def lose_nothing(self, dice: random.Random, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
+        """And get MLflow back."""
+        assert self.mlflow is not None
+        self.mlflow.start()
+        return driver
 
 
 KINDS = ("worker", "node", "driver", "everything")
 
 
-@pytest.mark.parametrize(("ranks", "kinds"), [(2, ["node", "driver"]), (3, ["worker", "everything"])])
+@pytest.mark.parametrize(
+    ("ranks", "kinds"), [(2, ["mlflow", "node", "nothing", "driver"]), (3, ["worker", "everything"])]
+)
 def test_whatever_is_killed_the_weights_are_those_of_an_undisturbed_training(
     ranks: int,
     kinds: list[str],
@@ -229,7 +246,13 @@ def test_whatever_is_killed_the_weights_are_those_of_an_undisturbed_training(
     quiet = undisturbed(ranks)
     check(quiet)
     run = _training(make_run, nodes, f"disturbed-{ranks}", {"workers": ranks, "max_failures": 10})
-    Schedule(ranks, kinds, nodes, run).play()
+    run.storage.mkdir()
+    server = RestartedServer(run.storage)
+    server.start()
+    try:
+        Schedule(ranks, kinds, nodes, run, server).play()
+    finally:
+        server.stop()
     assert run.weights(MODEL) == quiet.weights(MODEL)
     check(run)
 
@@ -252,6 +275,7 @@ def test_any_schedule_of_faults_ends_with_the_same_bits(
 # -- what goes away, and comes back ----------------------------------------------------------------------------
 
 
+@pytest.mark.soak
 def test_elastic_workers_go_and_come_back_while_mlflow_is_away(
     nodes: Nodes, make_run: Callable[..., Run]
 ) -> None:
@@ -261,7 +285,7 @@ def test_elastic_workers_go_and_come_back_while_mlflow_is_away(
     """
     local_cluster.replenish(nodes.cluster)
     elastic = {"workers": [1, 2], "max_failures": 10, "resize_every": 1}
-    run = _training(make_run, nodes, "elastic", elastic, steps=2500)
+    run = _training(make_run, nodes, "elastic", elastic, steps=5000)
     every = 500
     run.recipe["train"]["checkpoint_every"] = every
     run.storage.mkdir()

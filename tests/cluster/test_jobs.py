@@ -381,6 +381,24 @@ def test_a_private_ray_stays_on_loopback(place: Place) -> None:
         process.wait()
 
 
+def test_workers_find_the_head_of_their_own_cluster(place: Place) -> None:
+    """And not that of another Ray, which may have left its address in /tmp/ray: Ray Train asks it at the end."""
+    program = (
+        "import ray\nfrom ray.util.state import list_nodes\nray.init(log_to_driver=False)\n"
+        "found = ray.remote(num_cpus=0)(lambda: [node.state for node in list_nodes(timeout=20)]).remote()\n"
+        "print(ray.get(found, timeout=60))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=place.submitter
+        | local_cluster.environment(place.cluster)
+        | {"RAY_ADDRESS": place.cluster.address},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "['ALIVE', 'ALIVE']\n", done.stderr
+
+
 def _status(url: str, body: bytes | None = None) -> int:
     """Of the answer to a GET, or to a POST of JSON; 0 without an answer."""
     headers = {"Content-Type": "application/json"} if body else {}
