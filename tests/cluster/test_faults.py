@@ -213,8 +213,9 @@ class Schedule:
         return self.start()
 
     def lose_everything(self, dice: random.Random, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
+        driver.kill()
+        driver.wait()
         self.nodes.begin_anew()
-        driver.wait(timeout=120)  # it says so, and ends
         self.run.environment = self.nodes.environment
         return self.start()
 
