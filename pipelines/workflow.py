@@ -20,6 +20,7 @@ from models import takes_edges
 from pipelines.durable.steps import Step, StepContext, Workflow
 from pipelines.recipe import Recipe
 from pipelines.tracking import Tracking, shown
+from pipelines.training.job import out_of_memory
 
 UNTIL = ("shard", "edges", "train", "evaluate", "register")
 
@@ -139,7 +140,13 @@ def train_step(recipe: Recipe, key: str, sigmas: tuple[float, ...]) -> Step:
             "keep": train.keep,
             **{name: getattr(recipe.data, name) for name in ("threads", "max_bad", "cache_gb", "cache_dir")},
         },
+        memory=out_of_memory(train.batch, recipe.data.size, recipe.scaling.at_once, least_workers(recipe)),
     )
+
+
+def least_workers(recipe: Recipe) -> int:
+    workers = recipe.scaling.workers
+    return workers if isinstance(workers, int) else workers[0]
 
 
 def uses_edges(recipe: Recipe, key: str) -> bool:

@@ -118,11 +118,14 @@ def failure(error: BaseException) -> Value:
     }
 
 
+INNER = ("controller_failure", "health_check_failure", "cause")
+
+
 def root_cause(error: BaseException) -> BaseException:
     """What really happened, under Ray's and Ray Train's wrappings."""
     while True:
         workers = getattr(error, "worker_failures", None) or {}
-        inner = [*workers.values(), getattr(error, "controller_failure", None), getattr(error, "cause", None)]
+        inner = [*workers.values(), *(getattr(error, name, None) for name in INNER)]
         found = next((each for each in inner if isinstance(each, BaseException)), None)
         if found is None:
             return error

@@ -13,11 +13,11 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import OutOfMemoryError, RayError
 
 from data_prep.storage import TEMPORARY, StorageError
 from pipelines.durable import lease
-from pipelines.durable.attempt import PERIOD, Board, Progress, failure, perform
+from pipelines.durable.attempt import PERIOD, Board, Progress, failure, perform, root_cause
 from pipelines.durable.lease import Lease, StorageBusy
 from pipelines.durable.steps import Show, Step, StepContext, StepFailed, Value, canonical, step_key
 
@@ -147,6 +147,8 @@ class Driver:
             raise
         except Exception as error:
             outcome = failure(error)
+            if step.memory and isinstance(root_cause(error), OutOfMemoryError):
+                outcome["error"] = step.memory
         self.close_record(attempt, outcome)
         reason, again = outcome.get("error", ""), outcome.get("again", False)
         if reason and again and attempt.tries <= step.retries:

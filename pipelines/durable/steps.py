@@ -54,6 +54,7 @@ class Step:
     retries: int = 2
     local: Mapping[str, Any] = field(default_factory=dict)  # JSON-able, and no part of the key
     outside: str | None = None
+    memory: str = ""  # what to say when its process was ended for its memory
 
 
 @dataclass

@@ -55,17 +55,18 @@ def train_worker(config: dict[str, Any]) -> None:
             import ray.train
 
             workers = ray.train.get_context().get_world_size()
-            job.storage.create(job.fatal, out_of_memory(job, workers).encode())
+            train, data = job.train, job.data
+            words = out_of_memory(train["batch"], data["size"], data["at_once"], workers)
+            job.storage.create(job.fatal, words.encode())
         raise
 
 
 NO_MEMORY = ("out of memory", "can't allocate memory")  # CUDA's words, and those of torch's allocator on CPUs
 
 
-def out_of_memory(job: TrainJob, workers: int) -> str:
+def out_of_memory(batch: int, size: int, at_once: int | None, workers: int) -> str:
     """What to do when a worker's photographs do not fit."""
-    batch = job.train["batch"]
-    held = min(-(-batch // workers), job.data["at_once"] or batch)
+    held = min(-(-batch // workers), at_once or batch)
     half = max(1, held // 2)
     mend = (
         f"set scaling.at_once = {half}: the same batch, in parts"
@@ -73,6 +74,6 @@ def out_of_memory(job: TrainJob, workers: int) -> str:
         else "lower data.size or the model's width"
     )
     return (
-        f"a worker ran out of memory with {held} photographs of {job.data['size']} px at once (train.batch = {batch} "
+        f"a worker ran out of memory with {held} photographs of {size} px at once (train.batch = {batch} "
         f"over {workers} worker{'s' if workers > 1 else ''}): {mend}; or more workers, or a smaller train.batch"
     )

@@ -247,7 +247,8 @@ def fit(
     except Exception as error:
         if isinstance(root_cause(error), OutOfMemoryError):
             least = workers if isinstance(workers, int) else workers[0]
-            raise ValueError(out_of_memory(job, least)) from error
+            held = (job.train["batch"], job.data["size"], job.data["at_once"])
+            raise ValueError(out_of_memory(*held, least)) from error
         raise
     if job.storage.exists(job.fatal):
         raise ValueError(job.storage.read(job.fatal).decode())

@@ -359,3 +359,27 @@ def test_a_node_that_announces_its_end_leaves_a_checkpoint(
     local_cluster.replenish(nodes.cluster)
     assert run.finish(driver) == 0, run.output
     assert run.weights(MODEL) == undisturbed(2).weights(MODEL)
+
+
+@pytest.mark.soak
+def test_a_worker_that_ray_ends_for_its_memory_says_what_to_change(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a node that may use two gigabytes more than are in use now."""
+    memory = psutil.virtual_memory()
+    share = (memory.total - memory.available + 2e9) / memory.total
+    monkeypatch.setenv("RAY_memory_usage_threshold", f"{share:.3f}")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    run = make_run("memory", edges="none", scaling={"max_failures": 0})
+    run.command, run.recipe["models"] = (
+        "train",
+        {MODEL: {"size": 32, "width": 3, "train": {"steps": {"train": 20}}}},
+    )
+    cluster = local_cluster.start("memory", nodes=1, cpus=2)
+    try:
+        run.environment = {"RAY_ADDRESS": cluster.address, **local_cluster.environment(cluster)}
+        assert run.finish() == 1
+    finally:
+        local_cluster.end(cluster)
+    assert "a worker ran out of memory with 8 photographs of 32 px at once (train.batch = 8" in run.output
+    assert "set scaling.at_once = 4" in run.output

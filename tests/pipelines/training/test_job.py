@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from ray.train import ScalingConfig
+from ray.exceptions import OutOfMemoryError
+from ray.train import ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from data_prep.storage import open_storage
+from pipelines.durable.attempt import failure, root_cause
 from pipelines.training.job import TrainJob, out_of_memory, train_worker
 
 
@@ -43,9 +45,15 @@ def test_too_little_memory_names_the_batch_and_what_to_change(job: TrainJob) -> 
     )
 
 
-def test_the_mend_fits_what_a_worker_holds(job: TrainJob) -> None:
-    assert "with 5 photographs" in out_of_memory(job, 2)
-    few = replace(job, data=job.data | {"at_once": 3})
-    assert "set scaling.at_once = 1" in out_of_memory(few, 2)
-    one = replace(job, data=job.data | {"at_once": 1})
-    assert "lower data.size or the model's width" in out_of_memory(one, 2)
+def test_the_mend_fits_what_a_worker_holds() -> None:
+    assert "with 5 photographs of 32 px" in out_of_memory(9, 32, None, 2)
+    assert "set scaling.at_once = 1" in out_of_memory(9, 32, 3, 2)
+    assert "lower data.size or the model's width" in out_of_memory(9, 32, 1, 2)
+
+
+def test_what_ray_says_of_a_worker_it_ended_is_found_under_its_wrappings() -> None:
+    ended = OutOfMemoryError("3 worker(s) were killed due to the node running low on memory")
+    lost = WorkerHealthCheckFailedError("A worker health check failed.", ended)
+    error = WorkerGroupError("Training failed due to worker errors", {1: lost})
+    assert root_cause(error) is ended
+    assert failure(error)["error"] == "its process was ended, as the machine ran out of memory"
