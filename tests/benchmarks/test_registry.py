@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from harness import clean_environment
 from mlflow.entities import Metric
-from mlflow_server import AS_ADMIN, acting_as, mlflow_server
+from mlflow_server import AS_ADMIN, Server, acting_as
 
 from models import build_model
 from pipelines import registry
@@ -107,11 +107,11 @@ def test_commands_with_500_versions(tmp_path: Path, capsys: pytest.CaptureFixtur
         found["registry.search"] = seconds([sys.executable, "-c", SEARCH], uri, root)
         places[place] = found
 
-    with mlflow_server(tmp_path, authenticated=False) as server:
+    with Server(tmp_path) as server:
         fill(server.uri)
         measure("server", server.uri)
     measure("SQLite", f"sqlite:///{tmp_path}/mlflow.db", (tmp_path / "local").as_uri())
-    with mlflow_server(tmp_path) as server, acting_as(AS_ADMIN):
+    with Server(tmp_path, authenticated=True) as server, acting_as(AS_ADMIN):
         measure("with users", server.uri)
     with capsys.disabled():
         head = "".join(f"{place:>12}" for place in places)

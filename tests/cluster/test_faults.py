@@ -21,7 +21,7 @@ import psutil
 import pytest
 from faulty_proxy import faulty_proxy
 from harness import Run, clean_environment, family, kill, wait_for
-from mlflow_server import RestartedServer
+from mlflow_server import Server
 
 from data_prep.storage import open_storage
 from data_prep.stream import Stream
@@ -176,7 +176,7 @@ class Schedule:
     kinds: list[str]
     nodes: Nodes
     run: Run
-    mlflow: RestartedServer | None = None
+    mlflow: Server | None = None
 
     def play(self) -> None:
         dice = random.Random(self.seed)
@@ -248,12 +248,8 @@ def test_whatever_is_killed_the_weights_are_those_of_an_undisturbed_training(
     check(quiet)
     run = _training(make_run, nodes, f"disturbed-{ranks}", {"workers": ranks, "max_failures": 10})
     run.storage.mkdir()
-    server = RestartedServer(run.storage)
-    server.start()
-    try:
+    with Server(run.storage) as server:
         Schedule(ranks, kinds, nodes, run, server).play()
-    finally:
-        server.stop()
     assert run.weights(MODEL) == quiet.weights(MODEL)
     check(run)
 
@@ -290,9 +286,7 @@ def test_elastic_workers_go_and_come_back_while_mlflow_is_away(
     every = 500
     run.recipe["train"]["checkpoint_every"] = every
     run.storage.mkdir()
-    server = RestartedServer(run.storage)
-    server.start()
-    try:
+    with Server(run.storage) as server:
         driver = run.start("--tracking", server.uri)
         wait_for(lambda: run.latest(MODEL) and len(nodes.workers()) == 2, "two workers", driver)
         server.stop()
@@ -310,8 +304,6 @@ def test_elastic_workers_go_and_come_back_while_mlflow_is_away(
             time.sleep(60)
         server.start()
         assert run.finish(driver) == 0, run.output
-    finally:
-        server.stop()
     check(run)
     workers = [int(value) for _, value in curves(run, "workers")]  # at each start
     assert (workers[0], min(workers), workers[-1]) == (2, 1, 2)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from harness import clean_environment, family, kill
 from mlflow import MlflowClient
-from mlflow_server import ADMIN, AS_ADMIN, Server, acting_as, mlflow_server
+from mlflow_server import ADMIN, AS_ADMIN, Server, acting_as
 
 from pipelines import registry
 from pipelines.__main__ import main
@@ -23,7 +23,7 @@ ROUNDS = 8
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """With versions 1 to 5 of `encoder`."""
-    with mlflow_server(tmp_path_factory.mktemp("server")) as server:
+    with Server(tmp_path_factory.mktemp("server"), authenticated=True) as server:
         with acting_as(AS_ADMIN):
             client = MlflowClient(server.uri, registry_uri=server.uri)
             run = client.create_run(client.create_experiment("test")).info.run_id

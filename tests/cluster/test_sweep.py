@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 from harness import Run, digest, family, kill, wait_for
-from mlflow_server import RestartedServer
+from mlflow_server import Server
 
 from pipelines.reading import load_recipe
 from pipelines.sweeps.result import FAILED, FINISHED, STOPPED, SweepResult
@@ -120,9 +120,7 @@ def test_what_trials_share_is_trained_once_and_a_server_may_restart_meanwhile(
     parts = {"scheduler": "median", "every": 5}  # which stops nobody before there are three
     run = make_sweep(make_run, "shared", model, steps, fields={"model.lambda_adv2": [0.5, 0.01]}, **parts)
     run.storage.mkdir()
-    server = RestartedServer(run.storage)
-    server.start()
-    try:
+    with Server(run.storage) as server:
         driver = run.start("--tracking", server.uri)
         begun = "work/*-train-model-15/stable/*/.validate_storage_marker"
         wait_for(lambda: any(run.storage.glob(begun)), "the beginning of a trial's training", driver)
@@ -131,8 +129,6 @@ def test_what_trials_share_is_trained_once_and_a_server_may_restart_meanwhile(
         wait_for(lambda: any(run.storage.glob(trained)), "a checkpoint without the server", driver)
         server.start()
         assert run.finish(driver) == 0, run.output
-    finally:
-        server.stop()
     assert run.value("begin-model-0")["steps"] == 10
     found = result(run)
     assert [(trial.state, trial.steps) for trial in found.trials] == [(FINISHED, 20)] * 2
