@@ -140,13 +140,8 @@ def train_step(recipe: Recipe, key: str, sigmas: tuple[float, ...]) -> Step:
             "keep": train.keep,
             **{name: getattr(recipe.data, name) for name in ("threads", "max_bad", "cache_gb", "cache_dir")},
         },
-        memory=out_of_memory(train.batch, recipe.data.size, recipe.scaling.at_once, least_workers(recipe)),
+        memory=out_of_memory(train.batch, recipe.data.size, recipe.scaling.at_once, recipe.scaling.workers),
     )
-
-
-def least_workers(recipe: Recipe) -> int:
-    workers = recipe.scaling.workers
-    return workers if isinstance(workers, int) else workers[0]
 
 
 def uses_edges(recipe: Recipe, key: str) -> bool:

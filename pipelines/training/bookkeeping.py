@@ -22,9 +22,7 @@ class Meter:
     def __init__(self) -> None:
         self._since = time.perf_counter()
         self._mark: float | None = None  # when the step before ended
-        self._start: float | None = (
-            None  # seconds until the first batch, told once, with the number of workers
-        )
+        self._start: float | None = None  # seconds until the first batch, told once
         self._reset()
 
     def _reset(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,8 +64,9 @@ def train_worker(config: dict[str, Any]) -> None:
 NO_MEMORY = ("out of memory", "can't allocate memory")  # CUDA's words, and those of torch's allocator on CPUs
 
 
-def out_of_memory(batch: int, size: int, at_once: int | None, workers: int) -> str:
-    """What to do when a worker's photographs do not fit."""
+def out_of_memory(batch: int, size: int, at_once: int | None, workers: int | Sequence[int]) -> str:
+    """What to do when a worker's photographs do not fit; of [least, most] workers the least hold the most."""
+    workers = workers if isinstance(workers, int) else workers[0]
     held = min(-(-batch // workers), at_once or batch)
     half = max(1, held // 2)
     mend = (

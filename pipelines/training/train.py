@@ -246,9 +246,8 @@ def fit(
         ).fit()
     except Exception as error:
         if isinstance(root_cause(error), OutOfMemoryError):
-            least = workers if isinstance(workers, int) else workers[0]
             held = (job.train["batch"], job.data["size"], job.data["at_once"])
-            raise ValueError(out_of_memory(*held, least)) from error
+            raise ValueError(out_of_memory(*held, workers)) from error
         raise
     if job.storage.exists(job.fatal):
         raise ValueError(job.storage.read(job.fatal).decode())
