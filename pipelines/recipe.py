@@ -134,7 +134,8 @@ class Scaling(Section):
         description="photographs that a worker computes on at once; more of its part of the batch are accumulated",
     )
     resize_every: Annotated[float, Field(ge=1)] = Field(
-        60.0, description="seconds between two looks for room for more workers"
+        60.0,
+        description="seconds between two looks for room for more workers or fewer; they change at checkpoints",
     )
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1

@@ -9,8 +9,37 @@ import cv2
 import psutil
 import pytest
 from harness import Finished, Run, family, kill
+from xdist.scheduler import LoadFileScheduling
 
 from data_prep.sources import decode_photo, open_source
+
+# what runs longest begins first; files beside each other share a process, and with it a finished run
+ORDER = (
+    ("test_faults",),
+    ("test_chain_kill", "test_commands"),
+    ("test_sweep",),
+    ("test_jobs",),
+    ("test_data",),
+)
+
+
+def _place(path: str) -> int:
+    name = Path(path).stem
+    return next((place for place, names in enumerate(ORDER) if name in names), len(ORDER))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: _place(item.path.name))
+
+
+class Scheduling(LoadFileScheduling):
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::", 1)[0]
+        return str(ORDER[place]) if (place := _place(file)) < len(ORDER) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Scheduling:
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")
