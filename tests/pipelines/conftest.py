@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 from mlflow import MlflowClient
 from small import liven, without_traces
 from stores import Chain, Store, network_input, photograph
 
 from models import build_model
 from models.base import Model
-from pipelines.registry import LoadedModel, exporting, load_model, show
+from pipelines.registry import LoadedModel, exporting, load_model
 
 
 @pytest.fixture(scope="session")
@@ -48,16 +51,44 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def exporting_once(
+    tmp_path_factory: pytest.TempPathFactory, quiet_torch: None
+) -> Callable[[str], AbstractContextManager[None]]:
+    """Inside, an export takes its time in one of the tests' processes only; the others copy what it made."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    export = exporting.export
+
+    @contextmanager
+    def once(name: str) -> Iterator[None]:
+        kept = base / f"export-{name}"
+
+        def export_or_copy(model: Model, folder: Path, *rest: Any) -> None:
+            with FileLock(f"{kept}.lock"):
+                if not kept.exists():
+                    export(model, kept.with_suffix(".part"), *rest)
+                    kept.with_suffix(".part").rename(kept)
+            shutil.copytree(kept, folder)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(exporting, "export", export_or_copy)
+            yield
+
+    return once
+
+
+@pytest.fixture(scope="session")
 def store(
     tmp_path_factory: pytest.TempPathFactory,
     empty: Path,
     encoder: Model,
     edge_connect: Model,
-    quiet_torch: None,
+    exporting_once: Callable[[str], AbstractContextManager[None]],
 ) -> Store:
     store = Store.make(tmp_path_factory.mktemp("registry"), empty)
-    assert store.register(encoder, "encoder") == "1"
-    assert store.register(edge_connect, "edges") == "1"
+    for name, model in (("encoder", encoder), ("edges", edge_connect)):
+        with exporting_once(name):
+            assert store.register(model, name) == "1"
     return store
 
 
@@ -88,18 +119,21 @@ def quick(bare: Store, exported: Path, monkeypatch: pytest.MonkeyPatch) -> Store
 
 
 @pytest.fixture(scope="session")
-def chain(tmp_path_factory: pytest.TempPathFactory, empty: Path, encoder: Model, quiet_torch: None) -> Chain:
+def chain(
+    tmp_path_factory: pytest.TempPathFactory,
+    empty: Path,
+    encoder: Model,
+    exporting_once: Callable[[str], AbstractContextManager[None]],
+) -> Chain:
     """Versions 1 to 3 of `encoder` as the chain registers them: 1 and 3 fill with white, 2 does not, and is champion."""
     chain = Chain.make(tmp_path_factory.mktemp("chain"), empty)
     white = copy.deepcopy(encoder)
     with torch.no_grad():
         for parameter in list(white.networks["generator"].parameters())[-2:]:
             parameter.fill_(1.0)
-    chain.values = [chain.register(model, seed) for seed, model in enumerate((white, encoder))]
-    first = Path(show("models:/encoder/1", chain.place.uri)["files"].removeprefix("file://"))
-    with pytest.MonkeyPatch.context() as patch:  # exporting takes its time
-        patch.setattr(exporting, "export", lambda model, folder, *rest: shutil.copytree(first, folder))
-        chain.values.append(chain.register(white, 2))
+    for seed, (name, model) in enumerate((("white", white), ("chain", encoder), ("white", white))):
+        with exporting_once(name):
+            chain.values.append(chain.register(model, seed))
     return chain
 
 
