@@ -31,7 +31,7 @@ lint: $(READY)
 bench: $(READY)
 	@$(BIN)/python -m pytest -m benchmark tests -s
 
-# INPAINT_SOAK: how many random schedules of faults, three minutes each (20)
+# INPAINT_SOAK: how many random schedules of faults, two minutes each (20)
 soak: $(READY)
 	@$(BIN)/python -m pytest -m soak tests/cluster
 
