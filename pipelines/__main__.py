@@ -72,9 +72,11 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
         return command
 
-    def add_recipe(name: str, text: str, example: str) -> argparse.ArgumentParser:
+    def add_recipe(name: str, text: str, example: str, optional: str = "") -> argparse.ArgumentParser:
         command = add(name, text, example)
-        command.add_argument("recipe", metavar="RECIPE", help=RECIPE)
+        command.add_argument(
+            "recipe", metavar="RECIPE", nargs="?" if optional else None, help=RECIPE + optional
+        )
         command.add_argument(
             "--set", metavar="KEY.SUB=VALUE", action="append", default=[], help="override a field; repeatable"
         )
@@ -96,7 +98,10 @@ def parser() -> argparse.ArgumentParser:
         "--size", metavar="PHOTOGRAPHS", type=int, help="estimate shards, storage and GPU hours for so many"
     )
     add_recipe(
-        "status", "show how far a run is, from its storage alone", "status demo --storage s3://bucket/runs"
+        "status",
+        "show how far a run is, from its storage alone",
+        "status demo --storage s3://bucket/runs",
+        optional=", or its name alone; none: all runs of the storage",
     )
     sweep = add_recipe(
         "sweep",

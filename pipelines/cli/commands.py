@@ -14,10 +14,12 @@ from pipelines.cli.model_text import table
 from pipelines.cli.service_commands import cluster as cluster
 from pipelines.cli.service_commands import services as services
 from pipelines.cli.service_commands import submit as submit
-from pipelines.reading import check_recipe, recipe_of
+from pipelines.reading import RecipeError, check_recipe, recipe_of
 from pipelines.recipe import Recipe
 
 if TYPE_CHECKING:
+    from data_prep.storage import Storage
+    from pipelines.durable.record import Reported
     from pipelines.durable.steps import Workflow
     from pipelines.tracking import Tracking
 
@@ -43,14 +45,58 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def status(args: argparse.Namespace) -> int:
-    workflow = _workflow(args)
-    steps = workflow.status()
-    rows = [[s.name, s.state, str(s.attempts or ""), _seconds(s.seconds), s.error or s.why] for s in steps]
-    _print_table(["step", "state", "attempts", "seconds", "note"], rows)
-    sweeps = [step.key for step in steps if step.name == "sweep" and step.key]
-    if sweeps:
-        _print_trials(workflow, sweeps[0])
+    """From the storage alone: neither the photographs nor MLflow nor a Ray need be within reach."""
+    from pipelines.durable import record
+
+    name, storage = _named(args)
+    runs = record.names(storage)
+    wanted = [run for run in runs if name is None or run in (name, f"{name}-sweep")]
+    if not wanted:
+        there = f"it has {', '.join(runs)}" if runs else "it has none at all"
+        raise ValueError(f"no run{f' of {name}' if name else ''} was begun in {storage.uri}: {there}")
+    for number, run in enumerate(wanted):
+        if len(wanted) > 1:
+            print(("\n" if number else "") + run)
+        _print_status(record.kept(storage, run), record.reported(storage, run))
     return 0
+
+
+def _named(args: argparse.Namespace) -> tuple[str | None, Storage]:
+    """The run and the storage that a command line names, also where the recipe's file is not."""
+    from data_prep.storage import open_storage
+
+    if args.recipe is None:
+        return None, open_storage(args.storage or Recipe.model_fields["storage"].default)
+    try:
+        recipe = recipe_of(args)
+    except RecipeError:
+        if not args.storage:
+            raise
+        return Path(args.recipe).stem, open_storage(args.storage)
+    return recipe.name, open_storage(recipe.storage)
+
+
+def _print_status(workflow: Workflow, reported: dict[str, Reported]) -> None:
+    steps = workflow.status()
+    rows = []
+    for step in steps:
+        note = step.error or step.why
+        if step.state == "running" and step.name in reported:
+            note = f"{_progress(reported[step.name])}; {note}"
+        rows.append([step.name, step.state, str(step.attempts or ""), _seconds(step.seconds), note])
+    _print_table(["step", "state", "attempts", "seconds", "note"], rows)
+    for step in steps:
+        if step.name == "sweep" and step.key:
+            _print_trials(workflow, step.key)
+
+
+def _progress(report: Reported) -> str:
+    from pipelines.cli.progress import eta
+
+    left = eta(report.done - report.first, report.total - report.first, report.seconds)
+    parts = [f"{report.done:g}/{report.total:g} ({report.done / report.total:.0%})"]
+    parts += [f"ETA {left}"] if left else []
+    return ", ".join([*parts, *([report.note] if report.note else []), f"{report.ago:.0f} s ago"])
 
 
 def _print_trials(workflow: Workflow, key: str) -> None:
@@ -198,7 +244,7 @@ def _sweep(args: argparse.Namespace, recipe: Recipe, tracking: Tracking) -> tupl
     began = time.monotonic()
     check_sweep(recipe)
     workflow = build_sweep(recipe, tracking)
-    values = workflow.finished()
+    values = _found(workflow)
     if values is None:
         values = _work(args, recipe, tracking, workflow)
         print(f"sweep finished in {time.monotonic() - began:.0f} s")
@@ -216,7 +262,7 @@ def _chain(args: argparse.Namespace, recipe: Recipe, origin: dict[str, str] | No
     began = time.monotonic()
     tracking = _tracking_for(recipe)
     workflow = build_workflow(recipe, tracking, until, origin)
-    values = workflow.finished()
+    values = _found(workflow)
     if values is None:
         values = _work(args, recipe, tracking, workflow)
         print(f"finished in {time.monotonic() - began:.0f} s")
@@ -233,23 +279,45 @@ def _chain(args: argparse.Namespace, recipe: Recipe, origin: dict[str, str] | No
     return 0
 
 
+def _found(workflow: Workflow) -> dict[str, Any] | None:
+    """The values of a run that is finished already."""
+    from pipelines.durable import record
+
+    values = workflow.finished()
+    if values is not None:
+        record.keep(workflow)  # it may not be the one that was begun last
+    return values
+
+
 def _work(args: argparse.Namespace, recipe: Recipe, tracking: Tracking, workflow: Workflow) -> dict[str, Any]:
     from pipelines import tracking as mlflow_runs
     from pipelines.cli.progress import Show
     from pipelines.cluster.session import ray_session
+    from pipelines.durable import record
     from pipelines.workflow import with_parent
 
     check_recipe(recipe)
     workflow.storage.check_writable()
-    with workflow.hold() as held:
+    with workflow.hold(lambda text: print(f"  {text}", flush=True)) as held:
+        record.keep(workflow)
         tags = {"inpaint.recipe": recipe.to_yaml()[:5000]}
         parent = mlflow_runs.open_run(tracking, recipe.digest, recipe.name, tags=tags)
         print(
             f"recipe {recipe.name}: storage {workflow.storage.uri}, MLflow {mlflow_runs.shown(tracking.uri)}",
             flush=True,
         )
-        with mlflow_runs.running(tracking, parent), ray_session(args.debug), Show() as show:
-            return with_parent(workflow, parent).run(show, held)
+        with (
+            mlflow_runs.running(tracking, parent),
+            ray_session(args.debug),
+            Show() as show,
+            record.Diary(workflow) as diary,
+        ):
+
+            def tell(*report: Any) -> None:
+                show(*report)
+                diary(*report)
+
+            return with_parent(workflow, parent).run(tell, held)
 
 
 def _workflow(args: argparse.Namespace) -> Workflow:

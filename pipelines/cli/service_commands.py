@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -120,15 +121,16 @@ def submit(args: argparse.Namespace) -> int:
         raise ValueError("--address is missing: give the head's dashboard, for example http://head:8265")
     if (args.recipe is None) == (args.attach is None):
         raise ValueError("give a RECIPE to submit, or --attach ID to follow a job")
-    job = args.attach or _submit(args, address)
-    submitted = f"job {job} is submitted to {address}"
+    job, told = args.attach, ""
+    if job is None:
+        job, look = _submit(args, address)
+        told = f"job {job} is submitted to {address}\nhow far it is, from anywhere: {look}"
     if not args.wait:
-        print(submitted)
-        print(f"follow it: {submitting.reattach(job, address)}")
+        print(f"{told}\nfollow it: {submitting.reattach(job, address)}".strip())
         return 0
     with submitting.noted_interrupt() as left:
-        if args.attach is None:
-            print(submitted, flush=True)
+        if told:
+            print(told, flush=True)
         try:
             submitting.follow(job, address, left)
         except KeyboardInterrupt:
@@ -141,8 +143,8 @@ def submit(args: argparse.Namespace) -> int:
     return 0
 
 
-def _submit(args: argparse.Namespace, address: str) -> str:
-    """The id of the new job."""
+def _submit(args: argparse.Namespace, address: str) -> tuple[str, str]:
+    """The id of the new job, and the command that looks at its run."""
     from pipelines.cluster import submitting
     from pipelines.reading import recipe_of
 
@@ -151,7 +153,8 @@ def _submit(args: argparse.Namespace, address: str) -> str:
         notes.append("no tracking is given: the job takes the cluster's MLFLOW_TRACKING_URI")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    return submitting.submit(recipe, address)
+    look = shlex.join(["inpaint", "status", recipe.name, "--storage", recipe.storage])
+    return submitting.submit(recipe, address), look
 
 
 def cluster(args: argparse.Namespace) -> int:

@@ -96,7 +96,7 @@ class Driver:
         manifest, _ = self.workflow.inspect(step, key)
         if manifest is None:
             try:
-                held = self.leases.enter_context(lease.take(self.storage, key))
+                held = self.leases.enter_context(lease.outwait(self.storage, key))
             except StorageBusy as busy:
                 self.failed[step.name] = busy
                 self.show(step.name, "failed", 0, 0, str(busy))

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 EVERY = 10.0  # seconds between two renewals in a bucket
 STALE = 60.0  # seconds without one after which the holder is taken for dead
+LOOK = 1.0  # seconds between two looks at a lease that may go stale
 PATIENCE = 0.5  # seconds: who only looks at a folder's lease holds its lock for an instant
 
 Card = dict[str, Any]  # what a lease says about its holder: host, pid, since, token, renewed, pids
@@ -59,6 +61,43 @@ def take(storage: Storage, name: str, *, every: float = EVERY, stale: float = ST
     """The lease `name` of this storage, or StorageBusy. `every` and `stale` (seconds) matter in buckets only."""
     path = storage.path(_key(name))
     return _FileLease(storage, name, path) if path else _ObjectLease(storage, name, every, stale)
+
+
+def outwait(
+    storage: Storage,
+    name: str,
+    tell: Callable[[str], None] = lambda text: None,
+    *,
+    every: float = EVERY,
+    stale: float = STALE,
+    look: float = LOOK,
+) -> Lease:
+    """`take`, where a holder elsewhere that may be dead is waited for: what ended a whole cluster left its leases.
+
+    Takes over after `stale` seconds; StorageBusy as soon as the holder renews, within `every` seconds if it lives.
+    """
+    first = ""
+    while True:
+        try:
+            return take(storage, name, every=every, stale=stale)
+        except StorageBusy:
+            if storage.path() is not None:  # the kernel knows
+                raise
+            try:
+                found = storage.read_tagged(_key(name))
+            except FileNotFoundError:
+                continue
+            card = _parse(found.data)
+            if first not in ("", found.etag) or card.get("pids") == _pids():
+                raise
+        if not first:
+            first = found.etag
+            silent = max(0.0, found.server_now - found.modified)
+            tell(
+                f"process {card.get('pid')} on {card.get('host')} was at {name!r}, and last said so {silent:.0f} s ago: "
+                f"going on in {max(0.0, stale - silent):.0f} s unless it does again"
+            )
+        time.sleep(look)
 
 
 def holder(storage: Storage, name: str, *, stale: float = STALE) -> Card | None:

@@ -140,9 +140,9 @@ class Workflow:
                 raise ValueError(f"step {step.name!r}: its config is no JSON: {error}") from error
             known.add(step.name)
 
-    def hold(self) -> lease.Lease:
-        """The lease on the whole workflow; StorageBusy when another driver has it."""
-        return lease.take(self.storage, f"run-{self.name}")
+    def hold(self, tell: Callable[[str], None] = lambda text: None) -> lease.Lease:
+        """The lease on the whole workflow; StorageBusy when another driver has it. Tells when it has to wait for it."""
+        return lease.outwait(self.storage, f"run-{self.name}", tell)
 
     def run(self, progress: Show = lambda *_: None, held: lease.Lease | None = None) -> dict[str, Value]:
         """Do what is not done yet; every step's value. Ray is initialised by the caller.

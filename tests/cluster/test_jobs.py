@@ -195,28 +195,22 @@ def test_nothing_listens_beyond_loopback(submitted: tuple[int, str, set[str]]) -
 
 
 def test_status_needs_only_the_storage(submitted: tuple[int, str, set[str]], place: Place) -> None:
-    """From another folder, where no Ray could be had."""
+    """As the submission says it, from a folder without photographs, where neither Ray nor MLflow could be had."""
+    told = re.search("how far it is, from anywhere: inpaint (status .*)", submitted[1])
+    assert told, submitted[1]
     elsewhere = place.folder / "elsewhere"
     elsewhere.mkdir()
     done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pipelines",
-            "status",
-            "demo",
-            *SETS,
-            "--set",
-            f"data.source={(place.folder / 'photos').resolve()}",
-            *place.where,
-        ],
+        [sys.executable, "-m", "pipelines", *shlex.split(told[1])],
         cwd=elsewhere,
-        env=place.submitter | place.bucket | place.server | {"RAY_ADDRESS": "127.0.0.1:1"},
+        env=place.submitter | place.bucket | {"RAY_ADDRESS": "127.0.0.1:1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("finished") >= 4
+    states = dict(re.findall(r"^(\S+) +(\S+)", done.stdout, re.MULTILINE))
+    chain = ("shard", "train-context_encoder", "evaluate", "register-context_encoder")
+    assert states == {"step": "state"} | dict.fromkeys(chain, "finished")
 
 
 def test_no_secret_is_in_package_logs_storage_or_mlflow(
@@ -308,22 +302,32 @@ def test_a_job_that_fails_and_one_that_is_left(place: Place) -> None:
         process.send_signal(signal.SIGINT)
         left, _ = process.communicate(timeout=60)
         assert process.returncode == 130, left
-    again = re.search(r"inpaint (submit --attach \S+ --address \S+)", left)
-    assert again, left
+        again = re.search(r"inpaint (submit --attach \S+ --address \S+)", left)
+        assert again, left
+        status, other = place.submit("demo", *where, "--no-wait")
+        assert status == 0, other
+        assert " is submitted to " in other
+        assert "follow it: inpaint submit --attach demo-" in other
 
-    status, output = place.call(*again[1].split())
+    # from a home that knows no cluster, with the token where Ray looks for it
+    from_afar = {"RAY_AUTH_TOKEN": place.cluster.token.read_text(), **nowhere(place)}
+    status, output = place.call(*again[1].split(), **from_afar)
     assert status == 1
     last = output.strip().splitlines()[-1]
     assert re.match(rf"inpaint submit: job demo-\S+ failed: .*{tracking}", last), output
 
 
+def nowhere(place: Place) -> dict[str, str]:
+    """The environment of somebody who did not start the cluster."""
+    return {"XDG_STATE_HOME": str(place.folder / "none"), "HOME": str(place.folder / "none")}
+
+
 def test_without_the_token(place: Place) -> None:
-    nowhere = {"XDG_STATE_HOME": str(place.folder / "none"), "HOME": str(place.folder / "none")}
     storage = ["--storage", "s3://inpaint/runs"]
-    status, output = place.submit("demo", *storage, **nowhere)
+    status, output = place.submit("demo", *storage, **nowhere(place))
     assert (status, output.count("\n")) == (1, 2), output
     assert "wants a token (401): put it in RAY_AUTH_TOKEN, " in output
-    status, output = place.submit("demo", *storage, RAY_AUTH_TOKEN="0" * 64, **nowhere)
+    status, output = place.submit("demo", *storage, RAY_AUTH_TOKEN="0" * 64, **nowhere(place))
     assert status == 1
     assert "refuses the token from RAY_AUTH_TOKEN" in output
     for path in ("/api/version", "/api/jobs/", "/nodes?view=summary"):

@@ -182,6 +182,38 @@ def test_another_machines_lease_in_a_bucket_is_taken_over_once_stale(any_s3, mon
     assert files(any_s3) == []
 
 
+def test_a_dead_clusters_lease_is_waited_for_and_told_of(s3):
+    elsewhere(s3)
+    told: list[str] = []
+    began = time.monotonic()
+    with lease.outwait(s3, "step", told.append, stale=3.0, look=0.1) as held:
+        assert held.renew()
+    assert 1.0 < time.monotonic() - began < 20  # the server's clock has whole seconds
+    (line,) = told
+    assert line.startswith("process 7 on far was at 'step', and last said so ")
+
+
+def test_who_lives_elsewhere_is_not_waited_for(s3):
+    """It renews its lease meanwhile."""
+    held = lease.take(s3, "step", every=0.5)
+    card = json.loads(s3.read("leases/step.lock"))
+    began = time.monotonic()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lease, "_pids", lambda: "another machine")
+        assert card["pids"] != "another machine"
+        with pytest.raises(StorageBusy):
+            lease.outwait(s3, "step", stale=60.0, look=0.1)
+    assert time.monotonic() - began < 30
+    held.release()
+
+
+def test_a_living_process_of_this_machine_is_busy_at_once(s3):
+    told: list[str] = []
+    with lease.take(s3, "step", every=3600), pytest.raises(StorageBusy):
+        lease.outwait(s3, "step", told.append)
+    assert told == []
+
+
 def test_of_many_who_find_it_stale_one_wins(any_s3, monkeypatch):
     elsewhere(any_s3)
     read, all_have_read, challengers = type(any_s3).read_tagged, threading.Barrier(6), set()
