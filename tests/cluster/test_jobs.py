@@ -278,11 +278,12 @@ def test_plain_ray_job_submit_from_a_checkout(submitted: tuple[int, str, set[str
 
 
 def stored(place: Place) -> dict[str, Any]:
-    """When each object of the bucket was written."""
+    """When each object of the bucket was written, but for what says how far its runs are."""
     return {
         item["Key"]: item["LastModified"]
         for page in place.s3.get_paginator("list_objects_v2").paginate(Bucket="inpaint")
         for item in page["Contents"]
+        if "/status/" not in item["Key"]
     }
 
 
@@ -320,6 +321,52 @@ def test_a_job_that_fails_and_one_that_is_left(place: Place) -> None:
 def nowhere(place: Place) -> dict[str, str]:
     """The environment of somebody who did not start the cluster."""
     return {"XDG_STATE_HOME": str(place.folder / "none"), "HOME": str(place.folder / "none")}
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(600)
+def test_a_job_whose_whole_cluster_dies_goes_on_where_it_was_on_another(place: Place) -> None:
+    """With nothing left but the bucket and MLflow. Every point of its curves is there, and once."""
+    steps = ["--set", "models.context_encoder.train.steps={train: 400}", "--set", "scaling.workers=2"]
+    steps += ["--set", "models.context_encoder.register_as=none"]
+    what = ["submit", "demo", *SETS, *steps, *place.where[2:], "--storage", "s3://inpaint/lost"]
+
+    def begin() -> local_cluster.LocalCluster:
+        status, output = place.call(
+            "cluster", "up", "--nodes", "2", "--name", "lost", **(place.server | place.bucket)
+        )
+        assert status == 0, output
+        cluster = local_cluster.find("lost")
+        assert cluster is not None
+        return cluster
+
+    def keys(part: str) -> list[str]:
+        listed = place.s3.list_objects_v2(Bucket="inpaint", Prefix="lost/").get("Contents", [])
+        return [item["Key"] for item in listed if part in item["Key"]]
+
+    cluster = begin()
+    try:
+        status, output = place.call(*what, "--address", cluster.jobs, "--no-wait")
+        assert status == 0, output
+        wait_for(lambda: keys("/step-00000040/state.pt"), "two checkpoints")
+        everything = cluster.processes()
+        kill(family(cluster.nodes[0].pid))
+        kill(everything)
+        local_cluster.end(cluster)
+        cluster = begin()
+        status, output = place.call(*what, "--address", cluster.jobs)
+        assert status == 0, output
+    finally:
+        local_cluster.end(cluster)
+    (manifest,) = keys("-train-context_encoder.json")
+    run = json.loads(place.s3.get_object(Bucket="inpaint", Key=manifest)["Body"].read())["value"]["run"]
+    with acting_as(place.server):
+        client = MlflowClient(place.server["MLFLOW_TRACKING_URI"])
+        points = [metric.step for metric in client.get_metric_history(run, "loss/rec")]
+        starts = [metric.step for metric in client.get_metric_history(run, "workers")]
+    assert points == list(range(5, 401, 5))
+    assert len(starts) == 2
+    assert starts[1] >= 40
 
 
 def test_without_the_token(place: Place) -> None:
