@@ -366,7 +366,7 @@ def test_a_job_whose_whole_cluster_dies_goes_on_where_it_was_on_another(place: P
         starts = [metric.step for metric in client.get_metric_history(run, "workers")]
     assert points == list(range(5, 401, 5))
     assert len(starts) == 2
-    assert starts[1] >= 40
+    assert starts[1] > 20  # the first log point after a checkpoint that was committed
 
 
 def test_without_the_token(place: Place) -> None:
