@@ -36,6 +36,12 @@ class SubmitError(RuntimeError):
     """A job that cannot be submitted, followed, or that failed; one line."""
 
 
+JOB = {
+    "PYTHONUNBUFFERED": "1",
+    "RAY_JOB_STOP_WAIT_TIME_S": "20",  # of Ray's 3 a stopped run needs more to end its steps and release its leases
+}
+
+
 def submit(recipe: Recipe, address: str) -> str:
     """Send the recipe with this package's source to the head; the job's submission id."""
     client = connect(address)
@@ -43,7 +49,7 @@ def submit(recipe: Recipe, address: str) -> str:
         return client.submit_job(
             entrypoint=ENTRYPOINT,
             submission_id=submission_id(recipe),
-            runtime_env={"working_dir": str(folder), "env_vars": SETTINGS | {"PYTHONUNBUFFERED": "1"}},
+            runtime_env={"working_dir": str(folder), "env_vars": SETTINGS | JOB},
             metadata={"recipe": recipe.name, "digest": recipe.digest},
         )
 

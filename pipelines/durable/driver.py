@@ -263,7 +263,8 @@ class Driver:
 
     def abandon(self, error: BaseException) -> None:
         """End what runs: politely, then not. Nothing in here hides the error that led here."""
-        reason = str(error) or type(error).__name__
+        stopped = isinstance(error, SystemExit)  # what Ray makes of SIGTERM
+        reason = "its driver was told to end" if stopped else str(error) or type(error).__name__
         with suppress(Exception):
             for task in self.running:
                 ray.cancel(task, recursive=True)

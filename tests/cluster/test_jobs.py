@@ -323,6 +323,31 @@ def nowhere(place: Place) -> dict[str, str]:
     return {"XDG_STATE_HOME": str(place.folder / "none"), "HOME": str(place.folder / "none")}
 
 
+def test_a_job_that_is_stopped_leaves_no_lease(place: Place) -> None:
+    """So that the next one need not wait for it to go stale, and its attempt says how it ended."""
+    steps = ["--set", "models.context_encoder.train.steps={train: 100000}"]
+    status, output = place.submit(
+        "demo", *SETS, *steps, *place.where[2:], "--storage", "s3://inpaint/stopped", "--no-wait"
+    )
+    assert status == 0, output
+    (job,) = re.findall("job (demo-[^ ]+) is submitted", output)
+    wait_for(lambda: "/step-00000020/state.pt" in " ".join(objects(place, "stopped/work")), "a checkpoint")
+    assert objects(place, "stopped/leases")
+    token = {"RAY_AUTH_TOKEN": place.cluster.token.read_text(), "RAY_AUTH_MODE": "token"}
+    command = ["ray", "job", "stop", job, "--address", place.cluster.jobs]
+    done = subprocess.run(command, env=place.submitter | token, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert objects(place, "stopped/leases") == []
+    (record,) = [key for key in objects(place, "stopped/attempts") if "-train-" in key]
+    told = json.loads(place.s3.get_object(Bucket="inpaint", Key=record)["Body"].read())
+    assert told["error"] == "interrupted: its driver was told to end"
+
+
+def objects(place: Place, prefix: str) -> list[str]:
+    listed = place.s3.list_objects_v2(Bucket="inpaint", Prefix=f"{prefix}/").get("Contents", [])
+    return [item["Key"] for item in listed]
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_a_job_whose_whole_cluster_dies_goes_on_where_it_was_on_another(place: Place) -> None:
@@ -341,8 +366,7 @@ def test_a_job_whose_whole_cluster_dies_goes_on_where_it_was_on_another(place: P
         return cluster
 
     def keys(part: str) -> list[str]:
-        listed = place.s3.list_objects_v2(Bucket="inpaint", Prefix="lost/").get("Contents", [])
-        return [item["Key"] for item in listed if part in item["Key"]]
+        return [key for key in objects(place, "lost") if part in key]
 
     cluster = begin()
     try:
