@@ -4,7 +4,9 @@ environment or generated ones in files of mode 600."""
 from __future__ import annotations
 
 import os
+import re
 import secrets
+import shlex
 import shutil
 import socket
 import subprocess
@@ -23,6 +25,8 @@ database_uri = sqlite:///{folder}/users.db
 admin_username = admin
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 """
+# KEY=VALUE, exported or not, in what a shell and shlex read alike: nothing that a shell would expand
+ASSIGNED = r"""(?:export\s+)?([A-Za-z_]\w*)=((?:'[^']*'|"[^"$`\\]*"|[\w@%+=:,./-])*)(?:\s+#.*)?"""
 
 
 class ServiceError(RuntimeError):
@@ -139,25 +143,41 @@ def _first_bucket(folder: Path, format: list[str], gateway: list[str], server: d
 
 
 def write_environment(path: Path, values: dict[str, str]) -> None:
-    """A file to be sourced."""
-    write_private(path, "".join(f"export {key}={value}\n" for key, value in values.items()))
+    """A file to be sourced, every value quoted. ServiceError for a value of several lines or with a control character."""
+    for key, value in values.items():
+        if not value.isprintable():
+            raise ServiceError(
+                f"{key} cannot be kept in {path}: it has a line's end or a control character in it"
+            )
+    write_private(path, "".join(f"export {key}={shlex.quote(value)}\n" for key, value in values.items()))
 
 
 def write_private(path: Path, text: str) -> None:
-    """A file that is readable by its owner alone from the moment it exists."""
+    """A file that is readable by its owner alone from the moment it exists, and whole whatever happens."""
     temporary = path.with_suffix(".tmp")
     temporary.unlink(missing_ok=True)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
 def read_environment(path: Path) -> dict[str, str]:
-    """What `write_environment` wrote; {} when there is no such file."""
-    if not path.exists():
-        return {}
-    pairs = (line.removeprefix("export ").partition("=") for line in path.read_text().splitlines())
-    return {key: value for key, _, value in pairs if key}
+    """What `write_environment` wrote, or somebody by hand; {} when there is no such file.
+
+    The values are a shell's. ServiceError, which names the line and not what it holds, for any other line.
+    """
+    found = {}
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line or line.startswith("#"):
+            continue
+        if (pair := re.fullmatch(ASSIGNED, line, re.ASCII)) is None:
+            raise ServiceError(f"{path}, line {number}: give KEY='VALUE', with nothing that a shell expands")
+        found[pair[1]] = "".join(shlex.split(pair[2]))
+    return found
 
 
 def _reached(host: str) -> str:
