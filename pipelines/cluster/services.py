@@ -1,5 +1,8 @@
-"""`inpaint services`: an MLflow server and an S3 server, on loopback unless told otherwise, with the passwords of the
-environment or generated ones in files of mode 600."""
+"""`inpaint services`: an MLflow server and an S3 server, on loopback unless told otherwise.
+
+Their secrets are generated at the first start, and are in a file of mode 600 that every later start reads. Whoever wants
+to choose them writes that file before. They never come from the environment: what is there opens something else.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ import secrets
 import shlex
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -45,7 +50,8 @@ def mlflow(
     if find_spec("flask_wtf") is None:
         raise ServiceError(f"users of an MLflow server need the package Flask-WTF: {EXTRA}")
     _prepare(folder, host, port)
-    known = read_environment(folder / "mlflow.env") | os.environ
+    known = read_environment(folder / "mlflow.env")
+    _check_administrator(folder, known.get("MLFLOW_TRACKING_PASSWORD", ""))
     password = known.get("MLFLOW_TRACKING_PASSWORD") or secrets.token_urlsafe(24)
     uri = f"http://{_reached(host)}:{port}"
     own = {
@@ -53,7 +59,8 @@ def mlflow(
         "MLFLOW_TRACKING_USERNAME": "admin",
         "MLFLOW_TRACKING_PASSWORD": password,
     }
-    write_environment(folder / "mlflow.env", own)
+    _check_length(folder / "mlflow.env", own, MLFLOW_TRACKING_PASSWORD=12)
+    write_environment(folder / "mlflow.env", known | own)
     (folder / "auth.ini").write_text(AUTH.format(folder=folder))
     server = {
         "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
@@ -72,23 +79,25 @@ def mlflow(
         f"MLflow at {uri}; address and password are in {folder}/mlflow.env: source it. Ctrl-C ends it.",
         flush=True,
     )
-    _become(command, folder, server)
+    _become(command, folder, {**os.environ, **server})
 
 
 def s3(folder: Path, port: int, host: str = LOOPBACK) -> NoReturn:
     """Become JuiceFS's S3 gateway, its files and its SQLite database in the folder."""
     program = _juicefs()
     _prepare(folder, host, port)
-    known = read_environment(folder / "s3.env") | os.environ
+    known = read_environment(folder / "s3.env")
     endpoint = f"http://{_reached(host)}:{port}"
     own = {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": known.get("AWS_ACCESS_KEY_ID") or secrets.token_hex(10),
         "AWS_SECRET_ACCESS_KEY": known.get("AWS_SECRET_ACCESS_KEY") or secrets.token_hex(20),
+        "AWS_SESSION_TOKEN": "",  # one of another account would be sent with these keys, and be refused
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    write_environment(folder / "s3.env", own)
-    server = {
+    _check_length(folder / "s3.env", own, AWS_ACCESS_KEY_ID=3, AWS_SECRET_ACCESS_KEY=8)
+    write_environment(folder / "s3.env", known | own)
+    server = os.environ | {
         "MINIO_ROOT_USER": own["AWS_ACCESS_KEY_ID"],
         "MINIO_ROOT_PASSWORD": own["AWS_SECRET_ACCESS_KEY"],
     }
@@ -109,6 +118,33 @@ def s3(folder: Path, port: int, host: str = LOOPBACK) -> NoReturn:
     _become([*command, f"{host}:{port}"], folder, server)
 
 
+def _check_administrator(folder: Path, password: str) -> None:
+    """MLflow gives a new administrator the password, and leaves one it has as it is: ServiceError if that needs another."""
+    from werkzeug.security import check_password_hash
+
+    users, file = folder / "users.db", folder / "mlflow.env"
+    if not users.exists():
+        return
+    with closing(sqlite3.connect(users)) as database:
+        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'users'").fetchone():
+            return  # it was ended before it had any
+        found = database.execute("SELECT password_hash FROM users WHERE username = 'admin'").fetchone()
+    if found is None or (password and check_password_hash(found[0], password)):
+        return
+    wrong = "has a password that is not its own" if password else "has no MLFLOW_TRACKING_PASSWORD"
+    raise ServiceError(
+        f"{users} has an administrator, and {file} {wrong if file.exists() else 'is missing'}: "
+        f"put it there as MLFLOW_TRACKING_PASSWORD='...', or move {users.name} away, and all users with it, for a new one"
+    )
+
+
+def _check_length(file: Path, values: dict[str, str], **least: int) -> None:
+    """What the servers ask of secrets that somebody chose, said before they fail by it."""
+    for key, length in least.items():
+        if len(values[key]) < length:
+            raise ServiceError(f"{key} in {file} is too short: give {length} characters or more")
+
+
 def _first_bucket(folder: Path, format: list[str], gateway: list[str], server: dict[str, str]) -> None:
     """Format the folder, and make the bucket by a gateway that lives for the moment, on a port of its own."""
     import boto3
@@ -121,9 +157,7 @@ def _first_bucket(folder: Path, format: list[str], gateway: list[str], server: d
             raise ServiceError(f"juicefs format failed in {folder}: {last}")
         address = f"{LOOPBACK}:{free_ports()[0]}"
         with open(folder / "first.log", "w") as log:
-            first = subprocess.Popen(
-                [*gateway, address], env={**os.environ, **server}, stdout=log, stderr=log
-            )
+            first = subprocess.Popen([*gateway, address], env=server, stdout=log, stderr=log)
         try:
             boto3.client(
                 "s3",
@@ -206,7 +240,7 @@ def _juicefs() -> str:
     return found
 
 
-def _become(command: list[str], folder: Path, own: dict[str, str]) -> NoReturn:
+def _become(command: list[str], folder: Path, environment: dict[str, str]) -> NoReturn:
     os.chdir(folder)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    os.execve(command[0], command, {**os.environ, **own, "PATH": path})
+    path = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    os.execve(command[0], command, {**environment, "PATH": path})
