@@ -30,6 +30,8 @@ database_uri = sqlite:///{folder}/users.db
 admin_username = admin
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 """
+# all that JuiceFS gets of the environment: it would keep an ACCESS_KEY and SECRET_KEY in its database, and obey any MINIO_*
+PASSED = ("HOME", "LANG", "PATH", "TMPDIR", "TZ")
 # KEY=VALUE, exported or not, in what a shell and shlex read alike: nothing that a shell would expand
 ASSIGNED = r"""(?:export\s+)?([A-Za-z_]\w*)=((?:'[^']*'|"[^"$`\\]*"|[\w@%+=:,./-])*)(?:\s+#.*)?"""
 
@@ -97,7 +99,7 @@ def s3(folder: Path, port: int, host: str = LOOPBACK) -> NoReturn:
     }
     _check_length(folder / "s3.env", own, AWS_ACCESS_KEY_ID=3, AWS_SECRET_ACCESS_KEY=8)
     write_environment(folder / "s3.env", known | own)
-    server = os.environ | {
+    server = {name: os.environ[name] for name in PASSED if name in os.environ} | {
         "MINIO_ROOT_USER": own["AWS_ACCESS_KEY_ID"],
         "MINIO_ROOT_PASSWORD": own["AWS_SECRET_ACCESS_KEY"],
     }
@@ -150,7 +152,7 @@ def _first_bucket(folder: Path, format: list[str], gateway: list[str], server: d
     import boto3
     from botocore.config import Config
 
-    made = subprocess.run(format, capture_output=True, text=True)
+    made = subprocess.run(format, env=server, capture_output=True, text=True)
     try:
         if made.returncode:
             last = (made.stderr.strip() or made.stdout.strip() or "no reason given").splitlines()[-1]

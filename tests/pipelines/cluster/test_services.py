@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
+import psutil
 import pytest
+from gateway import running_gateway
 from ports import free_port
 
 from pipelines.cluster import services
@@ -193,3 +198,25 @@ def test_a_secret_is_private_before_it_is_written(tmp_path: Path, monkeypatch: p
     finally:
         os.umask(before)
     assert modes == [0o600]
+
+
+def test_a_gateway_takes_nothing_of_the_users_credentials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`juicefs format` keeps ACCESS_KEY and SECRET_KEY of its environment in the database."""
+    for name, value in REAL.items():
+        monkeypatch.setenv(name, value)
+        monkeypatch.setenv(name.removeprefix("AWS_").removesuffix("_ID"), value)
+    monkeypatch.setenv("SECRET_KEY", "real-account-secret")
+    monkeypatch.setenv("MINIO_ROOT_PASSWORD_FILE", str(tmp_path / "none"))
+    chosen = "a 'secret' $(id)"
+    with running_gateway(tmp_path, "a user", chosen):
+        for process in psutil.Process().children():
+            assert chosen not in " ".join(process.cmdline())
+    with closing(sqlite3.connect(tmp_path / "files.db")) as database:
+        (format,) = database.execute("SELECT value FROM jfs_setting WHERE name = 'format'").fetchone()
+    assert not {"AccessKey", "SecretKey", "SessionToken"} & set(json.loads(format))
+    for path in filter(Path.is_file, tmp_path.rglob("*")):
+        content = path.read_bytes()
+        assert not any(value.encode() in content for value in REAL.values()), path
+        assert path.name == "s3.env" or chosen.encode() not in content, path
