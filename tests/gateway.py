@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -12,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ports import free_port
+
+from pipelines.cluster.services import write_environment
 
 START = """
 import sys
@@ -27,10 +28,10 @@ def running_gateway(folder: Path, user: str, secret: str) -> Iterator[str]:
     """The address of a gateway over `folder`; it ends with the block."""
     port = free_port()
     uri = f"http://127.0.0.1:{port}"
-    environment = os.environ | {"AWS_ACCESS_KEY_ID": user, "AWS_SECRET_ACCESS_KEY": secret}
+    write_environment(folder / "s3.env", {"AWS_ACCESS_KEY_ID": user, "AWS_SECRET_ACCESS_KEY": secret})
     with open(folder / "gateway.log", "wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-c", START, str(folder), str(port)], env=environment, stdout=log, stderr=log
+            [sys.executable, "-c", START, str(folder), str(port)], stdout=log, stderr=log
         )
     try:
         _wait_for(uri, process, folder / "gateway.log")

@@ -92,7 +92,9 @@ def _add_servers(add: Callable[..., argparse.ArgumentParser]) -> None:
     mlflow.description = (
         (mlflow.description or "")
         + """ Artifacts go through it.
-The administrator's password is generated and kept, with the address, in DIR/mlflow.env (mode 600): source it."""
+The administrator's password is generated and kept, with the address, in DIR/mlflow.env (mode 600): source it.
+To choose it, write MLFLOW_TRACKING_PASSWORD='...' into that file before the first start;
+the environment's is not taken."""
     )
     mlflow.add_argument(
         "--backend-store-uri", metavar="URI", help="its database (default: an SQLite file in the folder)"
@@ -109,7 +111,9 @@ The administrator's password is generated and kept, with the address, in DIR/mlf
     s3.description = (
         (s3.description or "")
         + """ The bucket is s3://inpaint.
-Its keys are generated and kept, with the address, in DIR/s3.env (mode 600): source it."""
+Its keys are generated and kept, with the address, in DIR/s3.env (mode 600): source it.
+To choose them, write AWS_ACCESS_KEY_ID='...' and AWS_SECRET_ACCESS_KEY='...' into that file before a start;
+the environment's are not taken."""
     )
 
 

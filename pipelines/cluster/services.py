@@ -1,14 +1,21 @@
-"""`inpaint services`: an MLflow server and an S3 server, on loopback unless told otherwise, with the passwords of the
-environment or generated ones in files of mode 600."""
+"""`inpaint services`: an MLflow server and an S3 server, on loopback unless told otherwise.
+
+Their secrets are generated at the first start, and are in a file of mode 600 that every later start reads. Whoever wants
+to choose them writes that file before. They never come from the environment: what is there opens something else.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
+import shlex
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -23,6 +30,10 @@ database_uri = sqlite:///{folder}/users.db
 admin_username = admin
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 """
+# all that JuiceFS gets of the environment: it would keep an ACCESS_KEY and SECRET_KEY in its database, and obey any MINIO_*
+PASSED = ("HOME", "LANG", "PATH", "TMPDIR", "TZ")
+# KEY=VALUE, exported or not, in what a shell and shlex read alike: nothing that a shell would expand
+ASSIGNED = r"""(?:export\s+)?([A-Za-z_]\w*)=((?:'[^']*'|"[^"$`\\]*"|[\w@%+=:,./-])*)(?:\s+#.*)?"""
 
 
 class ServiceError(RuntimeError):
@@ -41,7 +52,8 @@ def mlflow(
     if find_spec("flask_wtf") is None:
         raise ServiceError(f"users of an MLflow server need the package Flask-WTF: {EXTRA}")
     _prepare(folder, host, port)
-    known = read_environment(folder / "mlflow.env") | os.environ
+    known = read_environment(folder / "mlflow.env")
+    _check_administrator(folder, known.get("MLFLOW_TRACKING_PASSWORD", ""))
     password = known.get("MLFLOW_TRACKING_PASSWORD") or secrets.token_urlsafe(24)
     uri = f"http://{_reached(host)}:{port}"
     own = {
@@ -49,7 +61,8 @@ def mlflow(
         "MLFLOW_TRACKING_USERNAME": "admin",
         "MLFLOW_TRACKING_PASSWORD": password,
     }
-    write_environment(folder / "mlflow.env", own)
+    _check_length(folder / "mlflow.env", own, MLFLOW_TRACKING_PASSWORD=12)
+    write_environment(folder / "mlflow.env", known | own)
     (folder / "auth.ini").write_text(AUTH.format(folder=folder))
     server = {
         "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
@@ -68,23 +81,25 @@ def mlflow(
         f"MLflow at {uri}; address and password are in {folder}/mlflow.env: source it. Ctrl-C ends it.",
         flush=True,
     )
-    _become(command, folder, server)
+    _become(command, folder, {**os.environ, **server})
 
 
 def s3(folder: Path, port: int, host: str = LOOPBACK) -> NoReturn:
     """Become JuiceFS's S3 gateway, its files and its SQLite database in the folder."""
     program = _juicefs()
     _prepare(folder, host, port)
-    known = read_environment(folder / "s3.env") | os.environ
+    known = read_environment(folder / "s3.env")
     endpoint = f"http://{_reached(host)}:{port}"
     own = {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": known.get("AWS_ACCESS_KEY_ID") or secrets.token_hex(10),
         "AWS_SECRET_ACCESS_KEY": known.get("AWS_SECRET_ACCESS_KEY") or secrets.token_hex(20),
+        "AWS_SESSION_TOKEN": "",  # one of another account would be sent with these keys, and be refused
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    write_environment(folder / "s3.env", own)
-    server = {
+    _check_length(folder / "s3.env", own, AWS_ACCESS_KEY_ID=3, AWS_SECRET_ACCESS_KEY=8)
+    write_environment(folder / "s3.env", known | own)
+    server = {name: os.environ[name] for name in PASSED if name in os.environ} | {
         "MINIO_ROOT_USER": own["AWS_ACCESS_KEY_ID"],
         "MINIO_ROOT_PASSWORD": own["AWS_SECRET_ACCESS_KEY"],
     }
@@ -105,21 +120,46 @@ def s3(folder: Path, port: int, host: str = LOOPBACK) -> NoReturn:
     _become([*command, f"{host}:{port}"], folder, server)
 
 
+def _check_administrator(folder: Path, password: str) -> None:
+    """MLflow gives a new administrator the password, and leaves one it has as it is: ServiceError if that needs another."""
+    from werkzeug.security import check_password_hash
+
+    users, file = folder / "users.db", folder / "mlflow.env"
+    if not users.exists():
+        return
+    with closing(sqlite3.connect(users)) as database:
+        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'users'").fetchone():
+            return  # it was ended before it had any
+        found = database.execute("SELECT password_hash FROM users WHERE username = 'admin'").fetchone()
+    if found is None or (password and check_password_hash(found[0], password)):
+        return
+    wrong = "has a password that is not its own" if password else "has no MLFLOW_TRACKING_PASSWORD"
+    raise ServiceError(
+        f"{users} has an administrator, and {file} {wrong if file.exists() else 'is missing'}: "
+        f"put it there as MLFLOW_TRACKING_PASSWORD='...', or move {users.name} away, and all users with it, for a new one"
+    )
+
+
+def _check_length(file: Path, values: dict[str, str], **least: int) -> None:
+    """What the servers ask of secrets that somebody chose, said before they fail by it."""
+    for key, length in least.items():
+        if len(values[key]) < length:
+            raise ServiceError(f"{key} in {file} is too short: give {length} characters or more")
+
+
 def _first_bucket(folder: Path, format: list[str], gateway: list[str], server: dict[str, str]) -> None:
     """Format the folder, and make the bucket by a gateway that lives for the moment, on a port of its own."""
     import boto3
     from botocore.config import Config
 
-    made = subprocess.run(format, capture_output=True, text=True)
+    made = subprocess.run(format, env=server, capture_output=True, text=True)
     try:
         if made.returncode:
             last = (made.stderr.strip() or made.stdout.strip() or "no reason given").splitlines()[-1]
             raise ServiceError(f"juicefs format failed in {folder}: {last}")
         address = f"{LOOPBACK}:{free_ports()[0]}"
         with open(folder / "first.log", "w") as log:
-            first = subprocess.Popen(
-                [*gateway, address], env={**os.environ, **server}, stdout=log, stderr=log
-            )
+            first = subprocess.Popen([*gateway, address], env=server, stdout=log, stderr=log)
         try:
             boto3.client(
                 "s3",
@@ -139,25 +179,41 @@ def _first_bucket(folder: Path, format: list[str], gateway: list[str], server: d
 
 
 def write_environment(path: Path, values: dict[str, str]) -> None:
-    """A file to be sourced."""
-    write_private(path, "".join(f"export {key}={value}\n" for key, value in values.items()))
+    """A file to be sourced, every value quoted. ServiceError for a value of several lines or with a control character."""
+    for key, value in values.items():
+        if not value.isprintable():
+            raise ServiceError(
+                f"{key} cannot be kept in {path}: it has a line's end or a control character in it"
+            )
+    write_private(path, "".join(f"export {key}={shlex.quote(value)}\n" for key, value in values.items()))
 
 
 def write_private(path: Path, text: str) -> None:
-    """A file that is readable by its owner alone from the moment it exists."""
+    """A file that is readable by its owner alone from the moment it exists, and whole whatever happens."""
     temporary = path.with_suffix(".tmp")
     temporary.unlink(missing_ok=True)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
 def read_environment(path: Path) -> dict[str, str]:
-    """What `write_environment` wrote; {} when there is no such file."""
-    if not path.exists():
-        return {}
-    pairs = (line.removeprefix("export ").partition("=") for line in path.read_text().splitlines())
-    return {key: value for key, _, value in pairs if key}
+    """What `write_environment` wrote, or somebody by hand; {} when there is no such file.
+
+    The values are a shell's. ServiceError, which names the line and not what it holds, for any other line.
+    """
+    found = {}
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line or line.startswith("#"):
+            continue
+        if (pair := re.fullmatch(ASSIGNED, line, re.ASCII)) is None:
+            raise ServiceError(f"{path}, line {number}: give KEY='VALUE', with nothing that a shell expands")
+        found[pair[1]] = "".join(shlex.split(pair[2]))
+    return found
 
 
 def _reached(host: str) -> str:
@@ -186,7 +242,7 @@ def _juicefs() -> str:
     return found
 
 
-def _become(command: list[str], folder: Path, own: dict[str, str]) -> NoReturn:
+def _become(command: list[str], folder: Path, environment: dict[str, str]) -> NoReturn:
     os.chdir(folder)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    os.execve(command[0], command, {**os.environ, **own, "PATH": path})
+    path = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
+    os.execve(command[0], command, {**environment, "PATH": path})
