@@ -23,7 +23,8 @@ def _add_submit(add: Callable[..., argparse.ArgumentParser]) -> None:
     submit = add(
         "submit",
         "run a recipe as a job of a Ray cluster, and follow it; Ctrl-C detaches",
-        "submit edge_connect --address http://head:8265 --storage s3://bucket/runs --tracking https://mlflow:5000",
+        "submit deepfill_v2 --address http://head:8265 --storage s3://bucket/runs --tracking https://mlflow:5000 \\\n"
+        "  --set data.source=s3://bucket/photographs --set scaling.gpus_per_worker=1",
     )
     submit.description = """Run a recipe as a job of a Ray cluster, and follow it. Ctrl-C detaches; the job goes on.
 
@@ -51,7 +52,9 @@ RAY_AUTH_TOKEN, the file that RAY_AUTH_TOKEN_PATH names, ~/.ray/auth_token."""
 
 
 def _add_cluster(add: Callable[..., argparse.ArgumentParser]) -> None:
-    cluster = add("cluster", "a Ray cluster of several nodes on this machine", "cluster up --nodes 3")
+    cluster = add(
+        "cluster", "a Ray cluster of several nodes on this machine, and leaving one", "cluster up --nodes 3"
+    )
     actions = cluster.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     def action(name: str, text: str, example: str) -> argparse.ArgumentParser:
@@ -71,6 +74,25 @@ def _add_cluster(add: Callable[..., argparse.ArgumentParser]) -> None:
     up.add_argument("--cpus-per-node", type=_positive, default=1, help="(%(default)s)")
     action("down", "end what `up` started, and nothing else", "down")
     action("status", "which nodes are alive; exit status 0 when all are", "status")
+    leave = add(
+        "leave",
+        "say to a cluster that this machine, one of its nodes, is about to end",
+        "cluster leave --seconds 90",
+        actions,
+    )
+    leave.description = (leave.description or "") + (
+        " For any Ray cluster, from where a\nmachine's end is known beforehand: spot machines, pods that are moved. "
+        "Trainings leave a checkpoint."
+    )
+    leave.add_argument("--seconds", type=_positive, default=90, help="until it ends (%(default)s)")
+    leave.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="the head's, not the dashboard's (default: RAY_ADDRESS, or the node's own)",
+    )
+    leave.add_argument(
+        "--wait", action="store_true", help="return when nothing runs here any more, or the seconds are over"
+    )
 
 
 def _add_servers(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -162,8 +184,8 @@ def _submit(args: argparse.Namespace, address: str) -> tuple[str, str]:
 
 
 def cluster(args: argparse.Namespace) -> int:
-    """`up`, `down` and `status` of a local cluster."""
-    return {"up": _up, "down": _down, "status": _status}[args.action](args)
+    """`up`, `down` and `status` of a local cluster, and `leave` of any."""
+    return {"up": _up, "down": _down, "status": _status, "leave": _leave}[args.action](args)
 
 
 def _up(args: argparse.Namespace) -> int:
@@ -233,6 +255,16 @@ def _status(args: argparse.Namespace) -> int:
         f"{counted} of {found.wanted} nodes are counted by the head at {found.jobs}, token in {found.token}"
     )
     return 0 if counted == found.wanted and all(node.alive for node in found.nodes) else 1
+
+
+def _leave(args: argparse.Namespace) -> int:
+    from pipelines.cluster.leaving import leave
+
+    count = leave(args.seconds, args.address, args.wait)
+    print(
+        f"{count} {'node' if count == 1 else 'nodes'} of this machine will end within {args.seconds} s: announced"
+    )
+    return 0
 
 
 def services(args: argparse.Namespace) -> int:

@@ -26,8 +26,9 @@ LOADED = (700.0, 1500.0)
 ORIGINAL = 640 * 480
 """pixels of an original, where nothing is known of them"""
 GPU_FLOPS = (5e12, 30e12)
-"""of float32 work that one data-centre GPU of 2020 or later gets done a second in networks like these: a guess between a
-quarter of its plain float32 peak and a fifth of its TensorFloat-32 peak"""
+"""of float32 work that one data-centre GPU of 2020 or later gets done a second in networks like these. DeepFill v1's authors
+had 3.5e12 to 4.6e12 of a GTX 1080 Ti (`PUBLISHED`), a third of its plain float32 peak; a third is 6.5e12 of an A100's and
+10e12 of an A10G's. The upper end, a fifth of an A100's TensorFloat-32 peak, is a guess"""
 OVERHEAD = (0.005, 0.05)
 """seconds a step that are no arithmetic: starting kernels, optimisers, losses read back; a guess"""
 FEATURES = 1.6
@@ -46,6 +47,44 @@ class Range:
 
     def __add__(self, other: Range) -> Range:
         return Range(self.low + other.low, self.high + other.high)
+
+
+@dataclass(frozen=True)
+class Published:
+    """How long a model's authors trained it, at this batch and size: hours of one GPU, and the recipe's steps that they
+    were for, where that is said."""
+
+    hours: float
+    gpu: str
+    source: str
+    batch: int
+    size: int
+    steps: Range | None = None
+
+
+_DAY = 24.0
+PUBLISHED = {
+    "glcic": Published(
+        2 * 30 * _DAY * 4, "a K80", "two months on four, Iizuka et al. 2017", 96, 256, Range(5e5, 5e5)
+    ),
+    "partial_conv": Published(10 * _DAY, "a V100", "ten days, Liu et al. 2018", 6, 512),
+    "deepfill_v1": Published(  # 0.3 to 0.4 batches a second, in each of which the critics learn five times
+        5 * _DAY,
+        "a GTX 1080 Ti",
+        "five days, github.com/JiahuiYu/generative_inpainting/issues 53 and 237",
+        16,
+        256,
+        Range(0.3, 0.4) * (5 * 5 * _DAY * 3600),
+    ),
+    "edge_connect": Published(
+        14 * _DAY,
+        "a Titan Xp or V",
+        "more than two weeks, github.com/knazeri/edge-connect/issues/22",
+        8,
+        256,
+    ),
+}
+"""to set beside the estimate; what could not be found again is not here"""
 
 
 def storage(recipe: Recipe, photographs: int) -> dict[str, Any]:
@@ -69,8 +108,8 @@ def storage(recipe: Recipe, photographs: int) -> dict[str, Any]:
 
 
 def training(recipe: Recipe, key: str, photographs: int) -> dict[str, Any]:
-    """Steps, epochs, GPU hours and loading cores of one model. The GPU hours come from counted floating-point operations,
-    a guessed rate and a guessed overhead: a factor of six to ten between their ends, and neither is a promise."""
+    """Steps, epochs, operations, GPU hours and loading cores of one model. The GPU hours come from counted floating-point
+    operations, a rate and a guessed overhead: a factor of six to ten between their ends, and neither is a promise."""
     from pipelines.training.learner import make_schedule
 
     model, counted = _model(recipe, key)
@@ -95,10 +134,26 @@ def training(recipe: Recipe, key: str, photographs: int) -> dict[str, Any]:
     return {
         "steps": steps,
         "epochs": steps * batch / (photographs * share),
+        "operations": flops,
         "gpu_hours": hours,
         "loading_cores": Range(rate.low * scale / LOADED[1], rate.high * scale / LOADED[0]),
         "counted": counted,
     }
+
+
+def published(recipe: Recipe, key: str, steps: int, operations: float) -> str | None:
+    """What the model's authors say of a training like this, and what that makes of its steps; None: nothing is known."""
+    known = PUBLISHED.get(recipe.models[key].name)
+    if known is None or (known.batch, known.size) != (recipe.train_of(key).batch, recipe.data.size):
+        return None
+    told = f"{known.hours:,.0f} hours of {known.gpu}"
+    if known.steps is None:
+        return f"{told} ({known.source}; their steps are not said)"
+    hours = Range(known.hours * steps / known.steps.high, known.hours * steps / known.steps.low)
+    rate = Range(operations / hours.high / 3600e12, operations / hours.low / 3600e12)
+    counts = " to ".join(dict.fromkeys(f"{count:,.0f}" for count in (known.steps.low, known.steps.high)))
+    scaled = "" if known.steps == Range(steps, steps) else f", so {_hours(hours)} for these"
+    return f"{told} for {counts} steps{scaled}: {_plain(rate)} TFLOP/s ({known.source})"
 
 
 def _model(recipe: Recipe, key: str) -> tuple[Any, bool]:
@@ -184,6 +239,8 @@ def lines(recipe: Recipe, photographs: int) -> list[str]:
             f"  {key:<15} {train['steps']:,} steps, {train['epochs']:.1f} epochs, {_hours(train['gpu_hours'])} of one GPU"
             f"{workers}, {_plain(train['loading_cores'])} cores to load for it{guess}"
         )
+        if beside := published(recipe, key, train["steps"], train["operations"]):
+            told.append(f"    published     {beside}")
     return told
 
 
@@ -196,7 +253,8 @@ def _hours(value: Range) -> str:
 
 
 def _plain(value: Range) -> str:
-    return f"{_number(value.low)} to {_number(value.high)}"
+    low, high = _number(value.low), _number(value.high)
+    return low if low == high else f"{low} to {high}"
 
 
 def _number(value: float) -> str:

@@ -4,9 +4,14 @@ and recipes that exist. Their fields against KubeRay's CRDs: `make validate-infr
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shlex
+import subprocess
+import time
 from collections.abc import Iterator
+from contextlib import redirect_stdout, suppress
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +20,11 @@ import pytest
 import yaml
 from moto import mock_aws
 from ray.autoscaler._private.aws.config import bootstrap_aws
-from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler._private.util import prepare_config, validate_config, with_head_node_ip
 
 from pipelines.__main__ import parser
 from pipelines.cluster.submitting import portable
-from pipelines.reading import load_recipe
+from pipelines.reading import load_recipe, recipe_of, shipped_recipes
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
@@ -82,6 +87,14 @@ def test_kuberay_clusters_are_closed_and_grow(spec: dict[str, Any]) -> None:
     spot = groups["spot-gpus"]["spec"]
     assert any(toleration["key"] == "spot" for toleration in spot["tolerations"])
     assert spot["terminationGracePeriodSeconds"] <= 120
+    for name in ("gpus", "spot-gpus"):  # announced first, and ended within the grace period
+        pod = groups[name]["spec"]
+        shell, flag, script = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+        announcement, stop = script.split("; ")
+        assert (shell, flag, stop) == ("/bin/sh", "-c", "ray stop")
+        args = parser().parse_args(shlex.split(announcement)[1:])
+        assert (args.action, args.wait) == ("leave", True)
+        assert args.seconds < pod["terminationGracePeriodSeconds"]
 
 
 def test_the_network_policy_lets_nobody_in_but_the_cluster() -> None:
@@ -111,6 +124,27 @@ def test_compose_publishes_on_loopback_alone_and_starts_with_no_secret_missing()
         assert re.search(rf"^{name}=$", example, re.M), name
     filled = (ROOT / "tests/infra/filled.env").read_text()
     assert set(re.findall(r"\$\{(\w+)[:}]", text)) <= set(re.findall(r"^(\w+)=", filled, re.M))
+
+
+def test_compose_shares_the_cpus_of_the_machine_out() -> None:
+    """A worker that is not told takes all of them for its own, as Ray counts the machine's and not the container's."""
+    services = load("compose.yaml")["services"]
+    filled = dict(line.split("=") for line in (INFRA / ".env.example").read_text().split() if "=" in line)
+    total = 1  # for MLflow and S3
+    for service in services.values():
+        if not service["command"].startswith("ray start"):
+            continue
+        deploy = service.get("deploy", {})
+        (cpus,) = re.findall(r"--num-cpus (\S+)", service["command"])
+        assert cpus == deploy.get("resources", {}).get("limits", {}).get("cpus", "1")
+        numbers = []
+        for text in (cpus, str(deploy.get("replicas", 1))):
+            variable = re.fullmatch(r"\$\{(\w+):-(\d+)\}", text)
+            assert variable is None or filled[variable[1]] == variable[2]
+            numbers.append(int(variable[2] if variable else text))
+        total += numbers[0] * numbers[1]
+    (told,) = re.findall(r"one machine with Docker, (\d+) cores", (INFRA / "README.md").read_text())
+    assert total == int(told)
 
 
 def test_compose_gives_the_gpus_to_one_worker() -> None:
@@ -174,6 +208,57 @@ def test_aws_stops_while_no_group_was_made(ec2: Any, capsys: pytest.CaptureFixtu
     assert "Failed to detect a security group" in capsys.readouterr().err
 
 
+def test_aws_workers_announce_their_end_when_the_metadata_has_a_notice(tmp_path: Path) -> None:
+    """The command as Ray gives it to a shell, with stand-ins: a machine without a notice, then one with."""
+    (watch,) = [line for line in load("aws.yaml")["worker_start_ray_commands"] if "instance-action" in line]
+    said, asked = tmp_path / "said", tmp_path / "asked"
+    programs = {
+        "sleep": "exit 0",
+        "wget": f"""echo "$@" >> {asked}
+case "$*" in
+*--method=PUT*api/token) echo TOKEN ;;
+*"token: TOKEN"*instance-action) test $(wc -l < {asked}) -gt 4 && echo '{{"action": "terminate"}}' || exit 8 ;;
+*) exit 4 ;;
+esac""",
+        "inpaint": f'echo "$@" > {said}',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    command = watch.replace("/tmp/notice.log", str(tmp_path / "notice.log"))
+    assert command != watch
+    (wrapped,) = with_head_node_ip([command], "10.0.0.1")
+    began = time.monotonic()
+    subprocess.run(
+        ["bash", "-c", f"({wrapped})"],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        check=True,
+        timeout=30,
+    )
+    assert time.monotonic() - began < 10  # it goes on beside what follows
+    while not (said.exists() and said.read_text()):
+        assert time.monotonic() - began < 30
+        time.sleep(0.05)
+    assert len(asked.read_text().splitlines()) == 6  # a token and a look, three times
+    args = parser().parse_args(shlex.split(said.read_text()))
+    assert (args.action, args.address) == ("leave", "10.0.0.1:6379")
+    assert args.seconds < 120
+
+
+def test_an_unfilled_secret_is_refused_and_a_filled_one_never_committed() -> None:
+    secret = load("kuberay/secrets.example.yaml")
+    assert secret["metadata"]["name"] == "inpaint-credentials"
+    assert all(
+        isinstance(value, list) for value in secret["stringData"].values()
+    )  # the API server takes text alone
+    names = ["infra/kuberay/secrets.yaml", "infra/.env", "credentials.env", "services/s3.env", "s3/s3.env"]
+    names += ["mlflow/mlflow.env"]
+    for name in names:
+        assert subprocess.run(["git", "check-ignore", "-q", name], cwd=ROOT).returncode in (0, 128), name
+    for name in ("infra/.env.example", "infra/kuberay/secrets.example.yaml", "pipelines/mlflow/x.py"):
+        assert subprocess.run(["git", "check-ignore", "-q", name], cwd=ROOT).returncode, name
+
+
 def test_no_file_holds_a_secret() -> None:
     told = re.compile(r"(?i)(password|secret|token|key_id)[\w-]*\s*[:=]\s*[\"']?([A-Za-z0-9+/]{16,})")
     for path in [*INFRA.rglob("*"), ROOT / "tests/infra/filled.env"]:
@@ -181,37 +266,98 @@ def test_no_file_holds_a_secret() -> None:
             assert not told.search(path.read_text()), path
 
 
+def texts() -> dict[str, str]:
+    """What people paste from: pages, the files' comments and `inpaint submit --help`, with continued lines joined."""
+    pages = (ROOT / "README.md", *INFRA.glob("*.md"))
+    found = {path.relative_to(ROOT).as_posix(): path.read_text() for path in pages}
+    for path in INFRA.rglob("*.yaml"):
+        comments = (line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
+        found[path.relative_to(ROOT).as_posix()] = "\n".join(comments)
+    with redirect_stdout(StringIO()) as said, suppress(SystemExit):
+        parser().parse_args(["submit", "--help"])
+    found["submit --help"] = said.getvalue()
+    return {name: re.sub(r"\s+#.*", "", text).replace("\\\n", " ") for name, text in found.items()}
+
+
 def commands() -> list[str]:
-    """Every `inpaint ...` that a file of infra runs."""
+    """Every `inpaint ...` that a file of infra runs, and every one that something tells to run on a cluster."""
     found = []
-    for path in INFRA.rglob("*"):
-        text = path.read_text() if path.suffix in (".md", ".yaml") else ""
-        if path.suffix == ".yaml":  # what the comments say; what is run is taken from the fields below
-            text = "\n".join(line[1:].strip() for line in text.splitlines() if line.startswith("#"))
-        text = re.sub(r"\s+#.*", "", text).replace("\\\n", " ")
-        found += re.findall(r"(?m)(?:^|[ `])(inpaint (?:run|services|plan|submit)[^`&\n]*)", text)
+    for name, text in texts().items():
+        if name.startswith("infra/"):
+            found += re.findall(r"(?m)(?:^|[ `])(inpaint (?:run|services|plan|submit|cluster)[^`&\n]*)", text)
     compose = load("compose.yaml")["services"]
     found += [service["command"] for service in compose.values() if service["command"].startswith("inpaint")]
-    found.append(load("kuberay/rayjob.yaml")["spec"]["entrypoint"])
+    found += submissions()
     return sorted({command.strip() for command in found if "RECIPE" not in command})
+
+
+def submissions() -> list[str]:
+    """What is run on other machines than this one, as `inpaint ...`."""
+    found = [load("kuberay/rayjob.yaml")["spec"]["entrypoint"]]
+    for text in texts().values():
+        found += re.findall(r"(?m)(?:^|[ `])(inpaint submit \w[^`&\n]*)", text)
+        jobs = re.findall(r"ray job submit .* -- (?:python -m pipelines|inpaint) (run [^`&\n]*)", text)
+        found += [f"inpaint {job}" for job in jobs]
+    return sorted({command.strip() for command in found})
 
 
 @pytest.mark.parametrize("command", commands())
 def test_every_command_of_infra_parses_and_its_recipe_loads(command: str) -> None:
     words = shlex.split(command)[1:]
-    if words in (["run"], ["services"]):
+    if words in (["run"], ["services"], ["submit"]):
         return  # named in a sentence
     args = parser().parse_args(words)
     if getattr(args, "recipe", None):
-        recipe = load_recipe(args.recipe, args.set)
-        if args.command == "submit" or (args.storage or "").startswith(
-            "s3://"
-        ):  # on other machines than this
-            elsewhere = recipe.model_copy(update={"storage": args.storage})
-            portable(elsewhere, "http://head:8265")
-            features = [section.options.get("features") for section in recipe.models.values()]
-            weights = [stack.get("weights") for stack in features if isinstance(stack, dict)]
-            assert all(path is None or path.startswith("s3://") for path in weights), weights
+        load_recipe(args.recipe, args.set)
+
+
+def test_submissions_are_found_wherever_they_are_told() -> None:
+    told = {name for name, text in texts().items() if re.search(r"inpaint submit \w+ --", text)}
+    files = {"infra/README.md", "infra/aws.yaml", "infra/kuberay/raycluster.yaml"}
+    assert told == {"README.md", "submit --help", *files}
+    assert any("edge_connect" in command for command in submissions())  # by `ray job submit`
+
+
+@pytest.mark.parametrize("command", submissions())
+def test_what_is_submitted_works_there(command: str) -> None:
+    """No path of this machine is left in the recipe, and a paper's own training is not left to a CPU."""
+    args = parser().parse_args(shlex.split(command)[1:])
+    recipe = recipe_of(args)
+    assert recipe.storage.startswith("s3://")
+    _, notes = portable(recipe, "http://head.example:8265")
+    assert not notes
+    if f"{args.recipe}-small" in shipped_recipes():
+        assert recipe.scaling.gpus_per_worker >= 1
+
+
+def test_on_spot_machines_a_training_survives_many_losses() -> None:
+    spot = [load("kuberay/rayjob.yaml")["spec"]["entrypoint"]]
+    for name in ("infra/aws.yaml", "infra/kuberay/raycluster.yaml", "infra/README.md"):
+        spot += re.findall(r"inpaint submit deepfill_v2 [^`&\n]*", texts()[name])
+    assert len(spot) == 5
+    for command in spot:
+        words = shlex.split(command)[1:]
+        assert recipe_of(parser().parse_args(words)).scaling.max_failures == 100
+
+
+ENDLESS = (
+    "inpaint services",
+    "ray dashboard",
+    "kubectl port-forward",
+    "kubectl logs -f",
+    "docker compose up",
+)
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", INFRA / "README.md"], ids=["README", "infra"])
+def test_nothing_follows_a_command_that_does_not_return(page: Path) -> None:
+    """In a block that is pasted; and what is put into the background needs its time, so only its like follows that."""
+    for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
+        lines = [re.sub(r"\s+#.*", "", line).strip() for line in block.splitlines()]
+        endless = [line for line in lines if line.startswith(ENDLESS)]
+        if endless:
+            assert all(line.endswith("&") for line in endless) or endless == lines[-1:], block
+            assert lines[-1] == endless[-1], block
 
 
 def test_what_runs_in_the_compose_cluster_joins_it() -> None:

@@ -21,8 +21,13 @@ from pipelines.training.sizing import (
     JPEG_BYTES,
     LOADED,
     OVERHEAD,
+    PUBLISHED,
+    Range,
     _flops,
+    _gb,
     _model,
+    _number,
+    _plain,
     lines,
     storage,
     training,
@@ -124,3 +129,48 @@ def test_a_generator_that_learns_every_fifth_step_counts_a_fifth() -> None:
     )
     assert never < every
     assert _flops(model, phase, 256) == pytest.approx(never + (every - never) / 5)
+
+
+def test_what_is_published_is_set_beside_the_estimate() -> None:
+    """Five steps of the critics a batch, 0.3 to 0.4 batches a second, for 120 hours; ours are 5,000,000."""
+    recipe = load_recipe("deepfill_v1")
+    found = training(recipe, "deepfill_v1", 1_000_000)
+    line = lines(recipe, 1_000_000)[-1]
+    steps = (5 * 0.3 * 120 * 3600, 5 * 0.4 * 120 * 3600)
+    assert f"120 hours of a GTX 1080 Ti for {steps[0]:,.0f} to {steps[1]:,.0f} steps" in line
+    hours = (120 * 5e6 / steps[1], 120 * 5e6 / steps[0])
+    assert f"so {hours[0]:,.0f} to {hours[1]:,.0f} hours for these" in line
+    rates = [found["operations"] / hour / 3600e12 for hour in reversed(hours)]
+    assert f": {rates[0]:.2g} to {rates[1]:.2g} TFLOP/s" in line
+    assert rates[0] * 1e12 < GPU_FLOPS[0] < 2 * rates[0] * 1e12  # newer GPUs begin where that one ended
+    assert "published" not in "\n".join(lines(load_recipe("deepfill_v1-small"), 1_000_000))
+
+
+PAGE = (Path(__file__).parents[3] / "infra/SIZING.md").read_text()
+PAPERS = ("context_encoder", "context_encoder_region", "glcic", "partial_conv", "deepfill_v1", "deepfill_v2")
+PAPERS += ("edge_connect",)
+SETS = (8_026_628, 1_281_167, 14_197_122)
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_page_says_what_the_command_says(name: str) -> None:
+    recipe = load_recipe(name)
+    rows = [
+        [cell.strip() for cell in row.split("|")[1:-1]] for row in PAGE.splitlines() if f"| {name} " in row
+    ]
+    stored, trained = rows
+    side = recipe.data.size + recipe.data.margin
+    assert stored[1] == f"{side} px" + (", squares" if recipe.data.crop == "square" else "")
+    assert stored[2:] == [_gb(storage(recipe, count)["photographs_gb"]) for count in SETS]
+    found = training(recipe, name, SETS[0])
+    assert trained[1].split()[0] == f"{found['steps']:,}"
+    assert trained[2] == _plain(found["gpu_hours"])
+    if name in PUBLISHED:
+        assert f"{_number(PUBLISHED[name].hours)} of {PUBLISHED[name].gpu}" in trained[3]
+    else:
+        assert not trained[3]
+
+
+def test_the_pages_minutes_are_the_commands_hours() -> None:
+    hours: Range = storage(load_recipe("edge_connect"), SETS[0])["shard_core_hours"]
+    assert f"{hours.low * 60 / 64:.0f} to {hours.high * 60 / 64:.0f} minutes" in PAGE
