@@ -104,6 +104,11 @@ def _add_servers(add: Callable[..., argparse.ArgumentParser]) -> None:
         command.add_argument("--folder", metavar="DIR", default=name, help="where it keeps all (%(default)s)")
         command.add_argument("--host", default="127.0.0.1", help="the address it listens at (%(default)s)")
         command.add_argument("--port", type=_positive, default=port, help="(%(default)s)")
+        command.add_argument(
+            "--from-environment",
+            action="store_true",
+            help="take its secrets from the environment, where it has one of its own: in a container",
+        )
         return command
 
     mlflow = action(
@@ -116,7 +121,7 @@ def _add_servers(add: Callable[..., argparse.ArgumentParser]) -> None:
         + """ Artifacts go through it.
 The administrator's password is generated and kept, with the address, in DIR/mlflow.env (mode 600): source it.
 To choose it, write MLFLOW_TRACKING_PASSWORD='...' into that file before the first start;
-the environment's is not taken."""
+the environment's is not taken unless that is asked for."""
     )
     mlflow.add_argument(
         "--backend-store-uri", metavar="URI", help="its database (default: an SQLite file in the folder)"
@@ -135,7 +140,7 @@ the environment's is not taken."""
         + """ The bucket is s3://inpaint.
 Its keys are generated and kept, with the address, in DIR/s3.env (mode 600): source it.
 To choose them, write AWS_ACCESS_KEY_ID='...' and AWS_SECRET_ACCESS_KEY='...' into that file before a start;
-the environment's are not taken."""
+the environment's are not taken unless that is asked for."""
     )
 
 
@@ -274,10 +279,16 @@ def services(args: argparse.Namespace) -> int:
     folder = Path(args.folder).resolve()
     if args.action == "mlflow":
         servers.mlflow(
-            folder, args.port, args.backend_store_uri, args.artifacts, args.host, args.allowed_hosts
+            folder,
+            args.port,
+            args.backend_store_uri,
+            args.artifacts,
+            args.host,
+            args.allowed_hosts,
+            args.from_environment,
         )
     else:
-        servers.s3(folder, args.port, args.host)
+        servers.s3(folder, args.port, args.host, args.from_environment)
     return 0
 
 

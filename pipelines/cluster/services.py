@@ -1,7 +1,8 @@
 """`inpaint services`: an MLflow server and an S3 server, on loopback unless told otherwise.
 
 Their secrets are generated at the first start, and are in a file of mode 600 that every later start reads. Whoever wants
-to choose them writes that file before. They never come from the environment: what is there opens something else.
+to choose them writes that file before. The environment's, which open something else, are taken only when that is asked
+for: in a container of their own.
 """
 
 from __future__ import annotations
@@ -47,12 +48,14 @@ def mlflow(
     artifacts: str | None = None,
     host: str = LOOPBACK,
     allowed_hosts: str | None = None,
+    from_environment: bool = False,
 ) -> NoReturn:
     """Become `mlflow server` with users, artifacts through it; `allowed_hosts` are the names it may be reached by."""
     if find_spec("flask_wtf") is None:
         raise ServiceError(f"users of an MLflow server need the package Flask-WTF: {EXTRA}")
     _prepare(folder, host, port)
     known = read_environment(folder / "mlflow.env")
+    known |= _environments("MLFLOW_TRACKING_PASSWORD") if from_environment else {}
     _check_administrator(folder, known.get("MLFLOW_TRACKING_PASSWORD", ""))
     password = known.get("MLFLOW_TRACKING_PASSWORD") or secrets.token_urlsafe(24)
     uri = f"http://{_reached(host)}:{port}"
@@ -84,11 +87,12 @@ def mlflow(
     _become(command, folder, {**os.environ, **server})
 
 
-def s3(folder: Path, port: int, host: str = LOOPBACK) -> NoReturn:
+def s3(folder: Path, port: int, host: str = LOOPBACK, from_environment: bool = False) -> NoReturn:
     """Become JuiceFS's S3 gateway, its files and its SQLite database in the folder."""
     program = _juicefs()
     _prepare(folder, host, port)
     known = read_environment(folder / "s3.env")
+    known |= _environments("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") if from_environment else {}
     endpoint = f"http://{_reached(host)}:{port}"
     own = {
         "AWS_ENDPOINT_URL": endpoint,
@@ -118,6 +122,12 @@ def s3(folder: Path, port: int, host: str = LOOPBACK) -> NoReturn:
         flush=True,
     )
     _become([*command, f"{host}:{port}"], folder, server)
+
+
+def _environments(*keys: str) -> dict[str, str]:
+    if missing := [key for key in keys if not os.environ.get(key)]:
+        raise ServiceError(f"--from-environment: {missing[0]} is not in the environment")
+    return {key: os.environ[key] for key in keys}
 
 
 def _check_administrator(folder: Path, password: str) -> None:

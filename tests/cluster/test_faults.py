@@ -334,7 +334,7 @@ def test_a_bucket_that_is_away_for_20_seconds_costs_no_worker(s3: str, make_run:
 
 
 @pytest.mark.soak
-def test_a_node_that_announces_its_end_leaves_a_checkpoint(
+def test_a_machine_that_announces_its_end_leaves_a_checkpoint(
     nodes: Nodes, undisturbed: Callable[[int], Run], make_run: Callable[..., Run]
 ) -> None:
     """As a spot machine's: the work since the last checkpoint is not lost."""
@@ -343,11 +343,16 @@ def test_a_node_that_announces_its_end_leaves_a_checkpoint(
     run.recipe["train"]["checkpoint_every"] = STEPS
     driver = run.start()
     wait_for(lambda: len(nodes.workers()) == 2 and nodes.homes(), "two workers", driver)
-    leaving = nodes.homes()[0]
-    nodes.drain(leaving, 30)
+    leave = [sys.executable, "-m", "pipelines", "cluster", "leave", "--seconds", "30"]
+    leave += ["--address", nodes.cluster.address]
+    told = subprocess.run(
+        leave, env=clean_environment() | nodes.environment, capture_output=True, text=True, timeout=60
+    )
+    assert told.stdout == "2 nodes of this machine will end within 30 s: announced\n", told.stderr
     wait_for(lambda: run.latest(MODEL), "a checkpoint", driver)
     assert reached(run) < STEPS
-    nodes.lose(leaving)
+    for node in nodes.cluster.nodes[1:]:
+        nodes.lose(node)
     local_cluster.replenish(nodes.cluster)
     assert run.finish(driver) == 0, run.output
     assert run.weights(MODEL) == undisturbed(2).weights(MODEL)

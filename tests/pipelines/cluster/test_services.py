@@ -55,6 +55,22 @@ def test_the_gateways_keys_are_generated_and_the_same_at_the_next_start(
     assert keys == {(own["AWS_ACCESS_KEY_ID"], own["AWS_SECRET_ACCESS_KEY"])}
 
 
+def test_a_container_gives_the_secrets_by_its_environment_when_asked_to(
+    tmp_path: Path, started: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services.s3(tmp_path, free_port(), from_environment=True)
+    services.mlflow(tmp_path, free_port(), from_environment=True)
+    gateway, mlflow = started
+    assert (gateway["MINIO_ROOT_USER"], gateway["MINIO_ROOT_PASSWORD"]) == (
+        REAL["AWS_ACCESS_KEY_ID"],
+        REAL["AWS_SECRET_ACCESS_KEY"],
+    )
+    assert mlflow["MLFLOW_AUTH_ADMIN_PASSWORD"] == REAL["MLFLOW_TRACKING_PASSWORD"]
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(ServiceError, match="AWS_SECRET_ACCESS_KEY is not in the environment"):
+        services.s3(tmp_path, free_port(), from_environment=True)
+
+
 def test_keys_in_the_file_before_the_first_start_are_taken(
     tmp_path: Path, started: list[dict[str, str]]
 ) -> None:
