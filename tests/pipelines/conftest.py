@@ -132,7 +132,7 @@ def chain(
         for parameter in list(white.networks["generator"].parameters())[-2:]:
             parameter.fill_(1.0)
     for seed, (name, model) in enumerate((("white", white), ("chain", encoder), ("white", white))):
-        with exporting_once(name):
+        with exporting_once(f"{name}-{os.getpid()}"):  # this chain's runs are in it
             chain.values.append(chain.register(model, seed))
     return chain
 
