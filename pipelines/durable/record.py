@@ -44,21 +44,17 @@ class Reported:
 
 
 def keep(workflow: Workflow) -> None:
-    """Write down what this run is asked for, unless that is there."""
-    told = canonical(
-        {
-            "given": workflow.given,
-            "steps": [
-                {"name": s.name, "config": s.config, "needs": s.needs, "version": s.version}
-                for s in workflow.steps
-            ],
-        }
-    ).encode()
+    """Write down what this run is asked for, unless that is there, maybe as the beginning of a longer chain."""
+    steps = [
+        {"name": s.name, "config": s.config, "needs": s.needs, "version": s.version} for s in workflow.steps
+    ]
+    told = canonical({"given": workflow.given, "steps": steps})
     key = f"{FOLDER}/{workflow.name}{ENDING}"
-    with suppress(FileNotFoundError):
-        if workflow.storage.read(key) == told:
+    with suppress(FileNotFoundError, ValueError, LookupError):
+        there, asked = json.loads(workflow.storage.read(key)), json.loads(told)
+        if there["given"] == asked["given"] and all(step in there["steps"] for step in asked["steps"]):
             return
-    workflow.storage.write(key, told)
+    workflow.storage.write(key, told.encode())
 
 
 def names(storage: Storage) -> list[str]:
@@ -93,7 +89,11 @@ class Diary:
         self.storage, self.key, self.every = workflow.storage, f"{FOLDER}/{workflow.name}{PROGRESS}", every
         self.reports: dict[str, Reported] = {}
         self.began: dict[str, tuple[float, float]] = {}  # where a step was when it first said so, and when
-        self.lock, self.over, self.news = threading.Lock(), threading.Event(), False
+        self.lock, self.over, self.news = (
+            threading.Lock(),
+            threading.Event(),
+            True,
+        )  # what is there is of an earlier run
         self.writer = threading.Thread(target=self._write_on, name="diary", daemon=True)
 
     def __enter__(self) -> Diary:

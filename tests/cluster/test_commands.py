@@ -72,7 +72,7 @@ def test_the_readme_is_as_this_test_expects() -> None:
         c
         for c in readme_commands()
         if c.split()[0] == "inpaint"
-        and c.split()[1] not in ("run", "train", "sweep", "submit", "services", "cluster")
+        and c.split()[1] not in ("run", "status", "train", "sweep", "submit", "services", "cluster")
     ],
 )
 def test_readme_command(command: str, inpaint: Callable[..., tuple[int, str]]) -> None:
@@ -89,8 +89,10 @@ def test_readme_runs(place: Run, inpaint: Callable[..., tuple[int, str]]) -> Non
         status, output = inpaint(*shlex.split(command), *short)
         assert status == 0, output
     assert "found finished" in output
-    status, output = inpaint("status", "demo", "--set", "data.source=photos", *short)
-    assert status == 0
+    look = "inpaint status demo --set data.source=photos"
+    assert look in readme_commands()
+    status, output = inpaint(*shlex.split(look)[1:], *short)
+    assert status == 0, output
     assert output.count("finished") >= 7
 
 

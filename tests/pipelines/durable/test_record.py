@@ -83,6 +83,22 @@ def test_the_same_run_again_writes_nothing(storage: Storage) -> None:
     assert (before.etag, before.modified) == (after.etag, after.modified)
 
 
+def test_the_beginning_of_a_chain_does_not_hide_the_rest(storage: Storage) -> None:
+    whole = workflow(storage)
+    record.keep(whole)
+    record.keep(Workflow("mine", whole.steps[:1], storage))
+    assert [step.name for step in record.kept(storage, "mine").steps] == ["shard", "train-one"]
+    record.keep(Workflow("mine", workflow(storage, sigma=3.0).steps, storage))
+    record.keep(Workflow("mine", whole.steps, storage))
+    assert record.kept(storage, "mine").steps[1].config == {"sigma": 1.5}
+
+
+def test_a_damaged_record_is_written_anew(storage: Storage) -> None:
+    storage.write("status/mine.json", b"{")
+    record.keep(workflow(storage))
+    assert len(record.kept(storage, "mine").steps) == 2
+
+
 def test_a_running_step_says_how_far_it_is(storage: Storage, capsys: pytest.CaptureFixture[str]) -> None:
     run = workflow(storage)
     record.keep(run)
