@@ -13,7 +13,8 @@ from xdist.scheduler import LoadFileScheduling
 
 from data_prep.sources import decode_photo, open_source
 
-# what runs longest begins first; files beside each other share a process, and with it a finished run
+# what runs longest begins first; files beside each other share a process, and with it a finished run, to which the
+# second adds its own
 ORDER = (
     ("test_faults",),
     ("test_chain_kill", "test_commands"),
@@ -29,7 +30,8 @@ def _place(path: str) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: _place(item.path.name))
+    files = [name for names in ORDER for name in names]
+    items.sort(key=lambda item: files.index(item.path.stem) if item.path.stem in files else len(files))
 
 
 class Scheduling(LoadFileScheduling):
