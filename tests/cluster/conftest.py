@@ -13,31 +13,20 @@ from xdist.scheduler import LoadFileScheduling
 
 from data_prep.sources import decode_photo, open_source
 
-# what runs longest begins first; files beside each other share a process, and with it a finished run, to which the
-# second adds its own
-ORDER = (
-    ("test_faults",),
-    ("test_chain_kill", "test_commands"),
-    ("test_sweep",),
-    ("test_jobs",),
-    ("test_data",),
-)
-
-
-def _place(path: str) -> int:
-    name = Path(path).stem
-    return next((place for place, names in enumerate(ORDER) if name in names), len(ORDER))
+# longest first
+ORDER = ("test_faults", "test_chain_kill", "test_commands", "test_sweep", "test_jobs", "test_data")
+# in one process, for the run of `finished`, to which the second adds its own
+TOGETHER = ("test_chain_kill", "test_commands")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    files = [name for names in ORDER for name in names]
-    items.sort(key=lambda item: files.index(item.path.stem) if item.path.stem in files else len(files))
+    items.sort(key=lambda item: ORDER.index(item.path.stem) if item.path.stem in ORDER else len(ORDER))
 
 
 class Scheduling(LoadFileScheduling):
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.split("::", 1)[0]
-        return str(ORDER[place]) if (place := _place(file)) < len(ORDER) else file
+        file = super()._split_scope(nodeid)
+        return "together" if Path(file).stem in TOGETHER else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Scheduling:
