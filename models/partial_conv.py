@@ -1,7 +1,7 @@
 """Image Inpainting for Irregular Holes Using Partial Convolutions. Liu, Reda, Shih, Wang, Tao, Catanzaro. ECCV 2018.
 
-A U-Net whose every convolution sees valid pixels only and hands on the mask of what it could see. No discriminator.
-The authors released the layer alone; what the paper leaves open is named where it is decided.
+A U-Net of partial convolutions, which see valid pixels only and pass on an updated mask. No discriminator. The authors
+released the layer only; choices that the paper leaves open are explained where they are made.
 """
 
 from __future__ import annotations
@@ -15,41 +15,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Batch, Completion, Losses, Model, Phase
-from models.features import IMAGENET, FeatureStack, load_features
-from models.layers import PartialConv2d, crop_to, pad_to_multiple, scaled
-from models.losses import dilate, grams, masked_l1, perceptual, total_variation
+from models.base import Batch, Completion, Losses, Model, Phase, PublishedTraining, SmallConfig
+from models.checkpoint_layout import (
+    CheckpointLayout,
+    NetworkLayout,
+    OptionValues,
+    StateDict,
+    count_keys,
+    width_ratio,
+)
+from models.features import IMAGENET_MEAN_STD, FeatureStack, load_feature_stack
+from models.layers import PartialConv2d, crop_to, pad_to_multiple, scale_channels
+from models.losses import dilate, gram_matrices, masked_l1, perceptual_loss, total_variation
 
-# Psi_1 ... Psi_3 of the perceptual and style terms; the second line is our analogue, at the same resolutions.
-LAYERS = {
+# Psi_1 ... Psi_3 of the perceptual and style losses; for EfficientNet-Lite0 the layers of the same resolutions.
+FEATURE_LAYERS = {
     "vgg16": ("pool1", "pool2", "pool3"),
     "efficientnet_lite0": ("stage1", "stage2", "stage3"),
 }
-RANGES = {"imagenet": IMAGENET, "symmetric": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}  # mean, deviation
+# option -> mean and standard deviation per channel
+NORMALIZATIONS = {"imagenet": IMAGENET_MEAN_STD, "symmetric": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
 TV_REGIONS = ("dilated", "whole")
 
 
 @dataclass(frozen=True)
 class PartialConvOptions:
     levels: int = 8
-    """Stride-2 layers of the encoder, as many of the decoder: 8 for 512 px (the paper's), 7 for 256, at least 3.
+    """Stride-2 layers of the encoder, and as many of the decoder: 8 for 512 px (paper), 7 for 256 px, at least 3.
     Training sizes are multiples of 2**levels."""
     width: float = 1.0
-    """Scales every channel count; 1 is the paper's."""
-    image_range: str = "imagenet"
-    """What the network sees and gives, and what valid, hole and tv are measured in: ImageNet-normalised images (its
-    mean 0 and deviation 1 each channel), or "symmetric": [-1,1]. The paper does not say; ports do one or the other."""
+    """Scales all channel counts; 1 is the paper's."""
+    normalization: str = "imagenet"
+    """Normalisation of the network's input and output, and of the losses valid, hole and tv: "imagenet" (mean 0 and
+    standard deviation 1 per channel), or "symmetric", [-1,1]. The paper does not state it; ports use either."""
     lambda_valid: float = 1.0
     lambda_hole: float = 6.0
     lambda_perceptual: float = 0.05
     lambda_style: float = 120.0
-    """Of each of the two style terms."""
+    """Weight of each of the two style losses."""
     lambda_tv: float = 0.1
-    tv: str = "dilated"
-    """Where total variation counts: the hole grown by a pixel (paper), or "whole": everywhere, as a port does."""
+    tv_region: str = "dilated"
+    """Region of the total variation loss: the hole dilated by a pixel, the sum divided by the number of elements of the
+    image (paper), or "whole": the mean over all horizontal pairs of the composite plus that over all vertical ones, as
+    in naoto0804/pytorch-inpainting-with-partial-conv."""
     features: str | Mapping[str, Any] = "vgg16"
-    """vgg16, efficientnet_lite0, or a mapping: name, weights, sha256 and layers (a list). lambda_perceptual and
-    lambda_style above are meant for vgg16; efficientnet_lite0's features are larger: 0.02 and 0.5 suit it."""
+    """vgg16, efficientnet_lite0, or a mapping: name, weights, sha256 and layers (a list). The defaults of
+    lambda_perceptual and lambda_style are for vgg16; efficientnet_lite0 has larger features: use 0.02 and 0.5."""
     lr: float = 2e-4
     lr_finetune: float = 5e-5
 
@@ -58,41 +69,43 @@ class PartialConvOptions:
             raise ValueError(f"partial_conv levels {self.levels} is not in 3..12")
         if self.width <= 0:
             raise ValueError(f"partial_conv width {self.width} is not positive")
-        for option, known in (("image_range", RANGES), ("tv", TV_REGIONS)):
+        for option, known in (("normalization", NORMALIZATIONS), ("tv_region", TV_REGIONS)):
             if (value := getattr(self, option)) not in known:
                 raise ValueError(f"partial_conv {option} {value!r} is none of {', '.join(known)}")
-        stack = self.stack
-        if unknown := set(stack) - {"name", "weights", "sha256", "layers"}:
+        config = self.feature_config
+        if unknown := set(config) - {"name", "weights", "sha256", "layers"}:
             raise ValueError(f"partial_conv features has no key {sorted(unknown)[0]!r}")
-        if stack.get("name") not in LAYERS:
-            raise ValueError(f"partial_conv features {stack.get('name')!r} is none of {', '.join(LAYERS)}")
+        if config.get("name") not in FEATURE_LAYERS:
+            raise ValueError(
+                f"partial_conv features {config.get('name')!r} is none of {', '.join(FEATURE_LAYERS)}"
+            )
 
     @property
-    def stack(self) -> dict[str, Any]:
+    def feature_config(self) -> dict[str, Any]:
         """`features` as a mapping."""
         return {"name": self.features} if isinstance(self.features, str) else dict(self.features)
 
 
-class Range(nn.Module):
-    """Images in [0,1] to the network's range and back; no part of the state dict."""
+class ImageNormalizer(nn.Module):
+    """Normalises images in [0,1] for the network, and its output back; not part of the state dict."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, image_range: str) -> None:
+    def __init__(self, normalization: str) -> None:
         super().__init__()
-        for name, value in zip(("mean", "std"), RANGES[image_range], strict=True):
+        for name, value in zip(("mean", "std"), NORMALIZATIONS[normalization], strict=True):
             self.register_buffer(name, torch.tensor(value).view(1, 3, 1, 1), persistent=False)
 
-    def inner(self, image: Tensor) -> Tensor:
+    def normalize(self, image: Tensor) -> Tensor:
         return (image - self.mean) / self.std
 
-    def outer(self, x: Tensor) -> Tensor:
+    def denormalize(self, x: Tensor) -> Tensor:
         return x * self.std + self.mean
 
 
-class Block(nn.Module):
-    """Partial convolution, batch norm, activation. slope: the activation's below 0 (0: ReLU); None: neither norm nor
+class PartialConvBlock(nn.Module):
+    """Partial convolution, batch norm, activation. slope: that of the leaky ReLU (0: ReLU); None: no norm and no
     activation, but a bias."""
 
     def __init__(
@@ -100,7 +113,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = PartialConv2d(c_in, c_out, kernel, stride, kernel // 2, bias=slope is None)
-        # He et al.'s initialisation; a slope of 1 is no ReLU
+        # He et al.'s initialisation; a slope of 1 means no ReLU
         nn.init.kaiming_normal_(self.conv.weight, a=1.0 if slope is None else slope)
         if self.conv.bias is not None:
             nn.init.zeros_(self.conv.bias)
@@ -115,24 +128,24 @@ class Block(nn.Module):
 
 
 class Generator(nn.Module):
-    """The U-Net: image [B,3,H,W] in the network's range, valid [B,1,H,W] (1 = valid, 0 = hole) -> image [B,3,H,W].
+    """The U-Net: normalised image [B,3,H,W], valid [B,1,H,W] (1 = valid, 0 = hole) -> normalised image [B,3,H,W].
 
-    H and W are multiples of 2**levels. The image's contents in the hole are never used; where not even the
-    bottleneck has seen a valid pixel the output is 0. Batch norm is each rank's own in training, over its part
-    of the batch, as the paper's single GPU has it; only rank 0's running statistics are kept.
+    H and W are multiples of 2**levels. The image is never read in the hole; the output is 0 where not even the
+    bottleneck has seen a valid pixel. In training each rank's batch norm uses the statistics of its own part of the
+    batch, as on the paper's single GPU; only rank 0's running statistics are kept.
     """
 
     def __init__(self, levels: int, width: float) -> None:
         super().__init__()
-        down = [scaled(c, width) for c in ([64, 128, 256] + [512] * levels)[:levels]]
+        down = [scale_channels(c, width) for c in ([64, 128, 256] + [512] * levels)[:levels]]
         kernels = ([7, 5, 5] + [3] * levels)[:levels]
         self.encoder = nn.ModuleList(
-            Block(c_in, c_out, kernel, stride=2, slope=0.0, norm=i > 0)
+            PartialConvBlock(c_in, c_out, kernel, stride=2, slope=0.0, norm=i > 0)
             for i, ((c_in, c_out), kernel) in enumerate(zip(pairwise([3, *down]), kernels, strict=True))
         )
-        up = [*down[-2::-1], 3]  # each level gives as many channels as its skip has, the last an image
+        up = [*down[-2::-1], 3]  # channels of each level's skip; the last level outputs an image
         self.decoder = nn.ModuleList(
-            Block(c_in + c_skip, c_out, kernel=3, stride=1, slope=0.2 if i < levels - 1 else None)
+            PartialConvBlock(c_in + c_skip, c_out, kernel=3, stride=1, slope=0.2 if i < levels - 1 else None)
             for i, (c_in, c_skip, c_out) in enumerate(zip([down[-1], *up], up, up))
         )
 
@@ -148,32 +161,101 @@ class Generator(nn.Module):
         return x
 
 
+# -- public checkpoints ---------------------------------------------------------------------------------------
+
+
+def _public_module_names(options: OptionValues) -> list[str]:
+    levels = options["levels"]
+    modules = ["enc_1.conv.input_conv"]
+    for block in (*(f"enc_{i}" for i in range(2, levels + 1)), *(f"dec_{i}" for i in range(levels, 1, -1))):
+        modules += [f"{block}.conv.input_conv", f"{block}.bn"]
+    return [*modules, "dec_1.conv.input_conv"]
+
+
+def _read_public_options(states: dict[str, StateDict], config: Mapping[str, Any]) -> OptionValues:
+    state = states["generator"]
+    return {
+        "levels": count_keys(state, r"enc_\d+\.conv\.input_conv\.weight(_orig)?") or 7,
+        "width": width_ratio(state, "enc_1.conv.input_conv.weight", 64),
+        "normalization": "imagenet",
+    }
+
+
+def _scale_weights(state: StateDict, options: OptionValues) -> tuple[StateDict, OptionValues]:
+    """The port divides by sum(M), the paper multiplies by sum(1)/sum(M). With weights divided by sum(1), the number of
+    weights per output channel, the two are equal. Both add the bias afterwards."""
+    scaled = {key: w / w[0].numel() if key.endswith("conv.weight") else w for key, w in state.items()}
+    return scaled, options
+
+
+LAYOUT = CheckpointLayout(
+    source="naoto0804/pytorch-inpainting-with-partial-conv",
+    license_name="MIT",
+    network_layouts=(
+        NetworkLayout(
+            "generator",
+            "*.pth of its train.py",
+            r"enc_1\.conv\.input_conv\.weight",
+            _public_module_names,
+            ignored_pattern=r".*\.mask_conv\.weight",  # ones
+        ),
+    ),
+    read_options=_read_public_options,
+    read_image_size=lambda options, config: 2 ** (options["levels"] + 1),
+    notes=lambda options: (
+        "the port's partial convolution omits the factor sum(1): the weights are divided by it, which gives the same "
+        "function",
+    ),
+    convert=_scale_weights,
+)
+
+
 class PartialConv(Model):
-    """Learns to fill the batch's masks, whatever their shape; a training size is a multiple of 2**levels pixels."""
+    """Trains on the batch's masks, of any shape; training sizes are multiples of 2**levels pixels."""
 
     name: ClassVar[str] = "partial_conv"
     Options: ClassVar[type] = PartialConvOptions
+    feature_loss_options: ClassVar[tuple[str, ...]] = ("lambda_perceptual", "lambda_style")
+    published_training: ClassVar[PublishedTraining] = PublishedTraining(
+        device_hours=10 * 24,
+        device="a V100",
+        source="ten days, Liu et al. 2018",
+        batch_size=6,
+        image_size=512,
+    )
+    small_config: ClassVar[SmallConfig] = SmallConfig(
+        {
+            "levels": 3,
+            "width": 0.125,
+            "features": "efficientnet_lite0",
+            "lambda_perceptual": 0.02,
+            "lambda_style": 0.5,
+        },
+        image_size=32,
+        overfit_steps={"train": 100, "finetune": 20},
+    )
+    checkpoint_layout: ClassVar[CheckpointLayout] = LAYOUT
     options: PartialConvOptions
 
     def __init__(self, options: PartialConvOptions) -> None:
         super().__init__(options)
-        self.multiple = 2**options.levels  # type: ignore[misc]  # of this instance, not of the class
+        self.size_multiple = 2**options.levels  # type: ignore[misc]  # of this instance, not of the class
         self.networks = nn.ModuleDict({"generator": Generator(options.levels, options.width)})
-        self.range = Range(options.image_range)
+        self.normalizer = ImageNormalizer(options.normalization)
 
         def phase(name: str, steps: int, lr: float) -> Phase:
             return Phase(name, steps, ("generator",), (), {"generator": lr})
 
-        # Steps are MMagic's for Places2: the paper gives days. Adam's betas are the usual ones.
+        # Steps are MMagic's for Places2: the paper states days only. Adam's betas are the default.
         self.phases = (
             phase("train", 800_000, options.lr),
             phase("finetune", 500_000, options.lr_finetune),
         )
-        # in a tuple, so that it is no part of the state dict
-        self._features: tuple[FeatureStack] | None = None
+        # in a tuple, so that it is not part of the state dict
+        self._feature_stack: tuple[FeatureStack] | None = None
 
-    def frozen(self, phase: Phase) -> list[nn.Module]:
-        """The encoder's batch norm while fine-tuning: holes no longer shift its statistics (section 4.2)."""
+    def frozen_modules(self, phase: Phase) -> list[nn.Module]:
+        """The encoder's batch norm during fine-tuning, so that holes do not shift its statistics (section 4.2)."""
         if phase.name != "finetune":
             return []
         encoder: nn.Module = self.networks["generator"].get_submodule("encoder")
@@ -182,7 +264,7 @@ class PartialConv(Model):
     def generate(self, batch: Batch, phase: Phase) -> dict[str, Tensor]:
         image: Tensor = batch["image"]
         b, _, h, w = image.shape
-        m, generator = self.multiple, self.networks["generator"]
+        m, generator = self.size_multiple, self.networks["generator"]
         if h % m or w % m:
             raise ValueError(
                 f"partial_conv with {self.options.levels} levels trains on multiples of {m} px, not {h}x{w}"
@@ -192,39 +274,41 @@ class PartialConv(Model):
                 f"partial_conv with {self.options.levels} levels needs at least 2 photographs of {m}x{m} px on each "
                 "rank, or larger ones (batch norm of a 1x1 map)"
             )
-        return {"output": generator(self.range.inner(image), 1 - batch["mask"])}
+        return {"output": generator(self.normalizer.normalize(image), 1 - batch["mask"])}
 
     def discriminator_losses(self, batch: Batch, out: dict[str, Tensor], phase: Phase) -> Losses:
         return {}
 
     def generator_losses(self, batch: Batch, out: dict[str, Tensor], phase: Phase) -> Losses:
         image, mask, output = batch["image"], batch["mask"], out["output"]
-        truth = self.range.inner(image)
-        region = dilate(mask) if self.options.tv == "dilated" else None
+        truth = self.normalizer.normalize(image)
+        region = dilate(mask) if self.options.tv_region == "dilated" else None
         losses = {
             "valid": masked_l1(output, truth, 1 - mask),
             "hole": masked_l1(output, truth, mask),
             "tv": total_variation(torch.where(mask > 0, output, truth), region),
         }
         if self._feature_weights():
-            output = self.range.outer(output)
+            output = self.normalizer.denormalize(output)
             losses |= self._feature_losses(output, torch.where(mask > 0, output, image), image)
         return losses
 
     def _feature_losses(self, output: Tensor, composite: Tensor, truth: Tensor) -> Losses:
-        """Images in [0,1], each of which goes through the stack once, for the perceptual and both style terms."""
-        o, phi = self.options, self.features().to(truth)
-        layers = o.stack.get("layers") or LAYERS[o.stack["name"]]
+        """Perceptual and style losses of images in [0,1]; each image passes through the feature stack once."""
+        o, phi = self.options, self.feature_stack().to(truth)
+        layers = o.feature_config.get("layers") or FEATURE_LAYERS[o.feature_config["name"]]
         with torch.no_grad():
-            of_truth = phi(truth, layers)
-        of_output, of_composite = phi(output, layers), phi(composite, layers)
+            truth_features = phi(truth, layers)
+        output_features, composite_features = phi(output, layers), phi(composite, layers)
         losses: Losses = {}
         if o.lambda_perceptual:
-            losses["perceptual"] = perceptual(of_output, of_truth) + perceptual(of_composite, of_truth)
+            losses["perceptual"] = perceptual_loss(output_features, truth_features) + perceptual_loss(
+                composite_features, truth_features
+            )
         if o.lambda_style:
-            style = grams(of_truth)
-            losses["style_out"] = perceptual(grams(of_output), style)
-            losses["style_comp"] = perceptual(grams(of_composite), style)
+            truth_grams = gram_matrices(truth_features)
+            losses["style_out"] = perceptual_loss(gram_matrices(output_features), truth_grams)
+            losses["style_comp"] = perceptual_loss(gram_matrices(composite_features), truth_grams)
         return losses
 
     def weights(self, phase: Phase) -> dict[str, float]:
@@ -238,38 +322,39 @@ class PartialConv(Model):
         style = {"style_out": o.lambda_style, "style_comp": o.lambda_style} if o.lambda_style else {}
         return perceptual | style
 
-    def features(self) -> FeatureStack:
-        """The frozen stack of the perceptual and style terms, loaded at its first use."""
-        if self._features is None:
-            stack = self.options.stack
-            self._features = (load_features(stack["name"], stack.get("weights"), stack.get("sha256")),)
-        return self._features[0]
+    def feature_stack(self) -> FeatureStack:
+        """The frozen stack for the perceptual and style losses, loaded on first use."""
+        if self._feature_stack is None:
+            config = self.options.feature_config
+            stack = load_feature_stack(config["name"], config.get("weights"), config.get("sha256"))
+            self._feature_stack = (stack,)
+        return self._feature_stack[0]
 
-    def prepare(self, phase: Phase) -> None:
+    def load_loss_networks(self, phase: Phase) -> None:
         if self._feature_weights():
-            self.features()
+            self.feature_stack()
 
-    def _completion(self) -> Completion:
-        return PartialCompletion(self.networks["generator"], self.range, self.multiple)
+    def _build_completion(self) -> Completion:
+        return PartialCompletion(self.networks["generator"], self.normalizer, self.size_multiple)
 
 
 class PartialCompletion(Completion):
-    """Sides are padded to multiples of 2**levels, at least twice that. What is padded counts as hole, as everything
-    beyond the border does in the network's own zero padding."""
+    """Pads sides to multiples of 2**levels, at least twice that. Padding counts as hole, as everything beyond the border
+    does in the network's own zero padding."""
 
-    def __init__(self, generator: nn.Module, image_range: Range, multiple: int) -> None:
+    def __init__(self, generator: nn.Module, normalizer: ImageNormalizer, size_multiple: int) -> None:
         super().__init__()
-        self.generator, self.range, self.multiple = generator, image_range, multiple
+        self.generator, self.normalizer, self.size_multiple = generator, normalizer, size_multiple
 
-    def fill(self, image: Tensor, hole: Tensor, edge: Tensor) -> Tensor:
+    def inpaint_hole(self, image: Tensor, hole: Tensor, edge: Tensor) -> Tensor:
         height, width = image.shape[2:]
-        m = self.multiple
-        # twice: an exported program takes a bottleneck one pixel wide for one that is always so
-        image, valid = (pad_to_multiple(x, m, least=2 * m) for x in (image, (~hole).to(image.dtype)))
+        m = self.size_multiple
+        # twice: torch.export would specialise an exported program to a bottleneck that is one pixel wide
+        image, valid = (pad_to_multiple(x, m, min_size=2 * m) for x in (image, (~hole).to(image.dtype)))
         rows, columns = (
             torch.arange(side, device=image.device) < end
             for side, end in zip(image.shape[2:], (height, width))
         )
         valid = valid * (rows[:, None] & columns)
-        output = self.range.outer(self.generator(self.range.inner(image), valid))
+        output = self.normalizer.denormalize(self.generator(self.normalizer.normalize(image), valid))
         return crop_to(output, height, width)

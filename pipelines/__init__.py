@@ -1,3 +1,3 @@
-"""What is run, and the only part that knows Ray and MLflow. `workflow.py` is the chain, `durable/` how it survives; the
-links are `data/`, `training/`, `sweeps/`, `evaluation/` and `registry/`; recipes are typed in `recipe.py`.
+"""The pipeline on Ray and MLflow. `pipeline.py` defines the steps and `durable/` runs and resumes them; they are
+implemented in `data/`, `training/`, `sweeps/`, `evaluation/` and `registry/`. `recipe/` defines the types of recipes.
 """

@@ -1,4 +1,4 @@
-"""What made a run: code, packages, machine, cluster."""
+"""Provenance of a run: code version, packages, machine and cluster."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("inpaint-pipelines", "torch", "ray", "mlflow", "opencv-python", "numpy", "webdataset")
-TAG = "inpaint.made_by"  # of a run
+PROVENANCE_TAG = "inpaint.made_by"  # of a run in MLflow
 
 
 def code_version() -> dict[str, str]:
-    """git commit and whether the tree was changed since; empty where the code is no git checkout.
+    """The git commit, and whether there are uncommitted changes; empty if the code is not a git checkout.
 
-    A job's package is none: there `inpaint submit` has left both beside this file.
+    For a job, `inpaint submit` writes both to the file CODE in its package.
     """
     root = Path(__file__).parent
     with suppress(OSError, ValueError):
@@ -25,53 +25,53 @@ def code_version() -> dict[str, str]:
         return {"commit": commit, "dirty": dirty}
     try:
         commit = _git(root, "rev-parse", "HEAD")
-        changed = bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
+        is_dirty = bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
         return {}
-    return {"commit": commit, "dirty": str(changed).lower()}
+    return {"commit": commit, "dirty": str(is_dirty).lower()}
 
 
-def environment() -> dict[str, str]:
-    """Versions and machine, for the report."""
-    found = packages() | {"machine": f"{platform.system()} {platform.machine()}"}
-    return found | {f"git {key}": value for key, value in code_version().items()}
+def describe_environment() -> dict[str, str]:
+    """Package versions, machine and git commit, for reports."""
+    environment = package_versions() | {"machine": f"{platform.system()} {platform.machine()}"}
+    return environment | {f"git {key}": value for key, value in code_version().items()}
 
 
-def packages() -> dict[str, str]:
-    """Versions of Python and of the packages that what comes out depends on."""
-    found = {"python": platform.python_version()}
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that affect results."""
+    versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
-def ray_job() -> dict[str, Any]:
-    """The Ray job that this runs in (`submission`: as `ray job submit` names it) and its cluster's shape; {} outside."""
-    ray: Any = sys.modules.get("ray")  # seconds to import, and of no use where nobody has
+def ray_job_info() -> dict[str, Any]:
+    """The Ray job of this process (`submission`: its id in `ray job submit`) and its cluster's resources; {} outside."""
+    ray: Any = sys.modules.get("ray")  # takes seconds to import; if it is not imported there is no job
     if ray is None or not ray.is_initialized():
         return {}
     context = ray.get_runtime_context()
     alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     total = {key: sum(resources.get(key, 0) for resources in alive) for key in ("CPU", "GPU")}
-    found = {
+    info = {
         "job": context.get_job_id(),
         "nodes": len(alive),
         "cpus": total["CPU"],
         "gpus": total["GPU"],
     }
-    with suppress(AttributeError, KeyError):  # Ray has no public way from a task to it
-        found["submission"] = context.worker.core_worker.get_job_config().metadata["job_submission_id"]
-    return {key: value for key, value in found.items() if value != ""}
+    with suppress(AttributeError, KeyError):  # Ray has no public API for it
+        info["submission"] = context.worker.core_worker.get_job_config().metadata["job_submission_id"]
+    return {key: value for key, value in info.items() if value != ""}
 
 
-def made_by() -> dict[str, Any]:
-    """Code, packages and Ray job: what a training says of itself, under TAG, when it starts."""
-    return {"code": code_version(), "packages": packages(), "ray": ray_job()}
+def collect_provenance() -> dict[str, Any]:
+    """Code, packages and Ray job; stored in PROVENANCE_TAG when training starts."""
+    return {"code": code_version(), "packages": package_versions(), "ray": ray_job_info()}
 
 
-def _git(root: Path, *arguments: str) -> str:
-    command = ["git", "-C", str(root), *arguments]
+def _git(root: Path, *args: str) -> str:
+    command = ["git", "-C", str(root), *args]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()

@@ -1,22 +1,53 @@
-"""Fixtures of all tests: an S3 API over HTTP, and small models."""
+"""Fixtures for all tests: an S3 server, small models; and the markers of test tiers."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import boto3
 import pytest
-from gateway import running_gateway
 from moto.server import ThreadedMotoServer
-from small import build_small
+
+import models
+from support import tiny_model
+from support.gateway import running_gateway
+from support.small_models import build_small
+from support.tiers import HINT, MAX_FAST_SECONDS, SlowTestLog, forbid_servers, tier
 
 if TYPE_CHECKING:
     from models.base import Model
 
-USER = "testing"
-SECRET = "very-secret-7f3a"
+S3_USER = "testing"
+S3_SECRET = "very-secret-7f3a"
+CLOCK = SlowTestLog()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(tier(item))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    with forbid_servers(item.nodeid) if item.get_closest_marker("fast") else nullcontext():
+        return (yield)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    CLOCK.record(report)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if late := CLOCK.lines():
+        terminalreporter.section(f"fast tests that took more than {MAX_FAST_SECONDS:.0f} s: {HINT}")
+        for line in late:
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")
@@ -31,9 +62,30 @@ def server():
 
 @pytest.fixture(scope="session")
 def gateway(tmp_path_factory):
-    """Another: JuiceFS, as `inpaint services s3` starts it. It checks signatures, and ignores conditional writes."""
-    with running_gateway(tmp_path_factory.mktemp("gateway"), USER, SECRET) as uri:
+    """A JuiceFS gateway, as `inpaint services s3` starts it. It checks signatures and ignores conditional writes."""
+    folder = tmp_path_factory.mktemp("gateway") / "r%20a?1"  # JuiceFS ends a database's path at a '?'
+    folder.mkdir()
+    with running_gateway(folder, S3_USER, S3_SECRET) as uri:
         yield uri
+
+
+@pytest.fixture(autouse=True)
+def process_as_it_was(monkeypatch):
+    """Restore what tests change in their process: boto3's default session, which keeps the credentials of its first use,
+    and the umask, which the servers of `inpaint services` make strict."""
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
+    mask = os.umask(0o022)
+    os.umask(mask)
+    yield
+    os.umask(mask)
+
+
+@pytest.fixture
+def opened() -> Iterator[Path]:
+    """A folder that all users can read; pytest's own folders are private."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
 
 
 @pytest.fixture
@@ -50,8 +102,8 @@ def gateway_s3(gateway, monkeypatch):
 
 def fresh_bucket(server, monkeypatch) -> str:
     monkeypatch.setenv("AWS_ENDPOINT_URL", server)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", USER)
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", S3_USER)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", S3_SECRET)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     name = f"bucket-{os.urandom(4).hex()}"
     boto3.client("s3", endpoint_url=server).create_bucket(Bucket=name)
@@ -61,3 +113,11 @@ def fresh_bucket(server, monkeypatch) -> str:
 @pytest.fixture(scope="session")
 def small() -> Callable[..., Model]:
     return build_small
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a model in tests/ that is registered for the duration of the test."""
+    monkeypatch.setenv(models.MODELS_ENV_VAR, "")
+    models.register(tiny_model.NAME, tiny_model.CLASS_PATH)
+    return tiny_model.NAME

@@ -1,1 +1,1 @@
-"""The command line: what the commands take, do and show."""
+"""The command line: arguments, commands and their output."""

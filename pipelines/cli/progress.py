@@ -1,63 +1,73 @@
-"""Progress of a run as a person wants it: bars in a terminal, a line now and then in a log, always with an ETA."""
+"""Progress display: bars in a terminal, occasional lines in a log, both with an ETA."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-EVERY = 5.0  # seconds between two lines of one step in a log at least; more of them as it takes longer
-MARKS = {"finished": "✓", "cached": "✓", "failed": "✗", "retry": "↻", "stopped": "■"}
+from pipelines import notices
+
+if TYPE_CHECKING:
+    from pipelines.contracts import ProgressCallback
+
+MIN_LINE_INTERVAL_S = 5.0  # minimum between two log lines of a step; grows to 1/20 of its time so far
+MASK_DISPLAY_DELAY_S = 2.0  # reading of masks is displayed only if it takes longer
+STATE_MARKS = {"finished": "✓", "cached": "✓", "failed": "✗", "retry": "↻", "stopped": "■"}
 
 
-def eta(done: float, total: float, seconds: float) -> str:
-    """What is left at the mean rate so far, as m:ss; empty until there is a rate."""
+def format_eta(done: float, total: float, elapsed_s: float) -> str:
+    """Remaining time at the mean rate so far, as m:ss or h:mm:ss; empty before the first progress and at the end."""
     if not done or not total or done >= total:
         return ""
-    left = round(seconds * (total - done) / done)
+    remaining_s = round(elapsed_s * (total - done) / done)
     return (
-        f"{left // 60}:{left % 60:02d}"
-        if left < 3600
-        else f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+        f"{remaining_s // 60}:{remaining_s % 60:02d}"
+        if remaining_s < 3600
+        else f"{remaining_s // 3600}:{remaining_s // 60 % 60:02d}:{remaining_s % 60:02d}"
     )
 
 
-class _Left(ProgressColumn):
+class _EtaColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
-        left = eta(task.fields["worked"], task.fields["todo"], task.fields["since"]())
-        return Text(f"ETA {left}" if left else "", style="cyan")
+        eta = format_eta(task.fields["done"], task.fields["remaining"], task.fields["elapsed"]())
+        return Text(f"ETA {eta}" if eta else "", style="cyan")
 
 
-class Show:
-    """A context in which `show(name, state, done, total, note)` draws. Steps appear in the order they start.
+class ProgressDisplay:
+    """Context manager; call it as `display(name, state, done, total, note)`. Steps appear in the order of their start.
 
-    States: running, cached (found finished), finished, retry, failed, stopped. `step/part` is a part of a step, such as
-    a trial of a sweep: it is shown while it runs, and counts for its step as far as it has come. The ETA counts from
-    the first report of this run, so that a resumed training is not credited with what an earlier run did.
+    States: running, cached, finished, retry, failed, stopped; "note" prints a separate line. A name `step/part` is a
+    part of a step, such as a trial of a sweep: it is displayed while it runs, and its fraction counts for the step.
+    The ETA is based on this run's reports only: it ignores what an earlier run did of a resumed training.
     """
 
     def __init__(self, stream: Console | None = None) -> None:
         self.console = stream or Console(stderr=False, highlight=False)
         self._bars: Progress | None = None
         self._tasks: dict[str, TaskID] = {}
-        self._first: dict[str, tuple[float, float]] = {}
-        self._said: dict[str, tuple[float, str]] = {}
-        self._started: dict[str, float] = {}
-        self._parts: dict[str, dict[str, float]] = {}
-        self._whole: dict[str, tuple[float, float, str]] = {}
+        self._first_report: dict[str, tuple[float, float]] = {}
+        self._last_line: dict[str, tuple[float, str]] = {}
+        self._started_at: dict[str, float] = {}
+        self._part_fractions: dict[str, dict[str, float]] = {}
+        self._step_progress: dict[str, tuple[float, float, str]] = {}
 
-    def __enter__(self) -> Show:
+    def __enter__(self) -> ProgressDisplay:
+        notices.discard_pending()
         if self.console.is_terminal:
             self._bars = Progress(
                 TextColumn("{task.fields[mark]} {task.description:<24}"),
                 BarColumn(bar_width=24),
                 TextColumn("{task.fields[count]:>11}"),
                 TimeElapsedColumn(),
-                _Left(),
+                _EtaColumn(),
                 TextColumn("[dim]{task.fields[note]}"),
                 console=self.console,
                 refresh_per_second=4,
@@ -73,27 +83,30 @@ class Show:
         sys.stdout.flush()
 
     def __call__(self, name: str, state: str, done: float = 0, total: float = 0, note: str = "") -> None:
+        if state == "note":
+            self.console.print(f"  {name}: {note}", markup=False, soft_wrap=True)
+            return
         step, _, part = name.partition("/")
-        parts = self._parts.setdefault(step, {})
+        parts = self._part_fractions.setdefault(step, {})
         if part:
             parts[part] = done / total if state == "running" and total else 0.0
         elif total:
-            self._whole[name] = done, total, note
+            self._step_progress[name] = done, total, note
             done = min(done + sum(parts.values()), total)
         now = time.monotonic()
-        started = self._started.setdefault(name, now)
-        if state == "running" and total and name not in self._first:
-            self._first[name] = (now, done)
-        since, base = self._first.get(name, (started, 0.0))
+        started = self._started_at.setdefault(name, now)
+        if state == "running" and total and name not in self._first_report:
+            self._first_report[name] = (now, done)
+        base_time, base_done = self._first_report.get(name, (started, 0.0))
         if self._bars:
-            self._draw(name, state, done, total, note, since, base)
+            self._update_bar(name, state, done, total, note, base_time, base_done)
         else:
-            self._say(name, state, done, total, note, now, since, base)
-        if part and step in self._whole:
-            self(step, "running", *self._whole[step])
+            self._print_line(name, state, done, total, note, now, base_time, base_done)
+        if part and step in self._step_progress:
+            self(step, "running", *self._step_progress[step])
 
-    def _draw(
-        self, name: str, state: str, done: float, total: float, note: str, since: float, base: float
+    def _update_bar(
+        self, name: str, state: str, done: float, total: float, note: str, base_time: float, base_done: float
     ) -> None:
         assert self._bars is not None
         if name not in self._tasks:
@@ -103,33 +116,33 @@ class Show:
                 mark=" ",
                 count="",
                 note="",
-                worked=0,
-                todo=0,
-                since=lambda: 0.0,
+                done=0,
+                remaining=0,
+                elapsed=lambda: 0.0,
             )
-        over = state in ("finished", "cached")
+        is_done = state in ("finished", "cached")
         if "/" in name and state not in ("running", "retry"):
             self._bars.remove_task(self._tasks.pop(name))
-            took = time.monotonic() - self._started.pop(name)
+            elapsed_s = time.monotonic() - self._started_at.pop(name)
             self.console.print(
-                f"{MARKS[state]} {name.partition('/')[2]}: {note} ({took:.0f} s)", markup=False
+                f"{STATE_MARKS[state]} {name.partition('/')[2]}: {note} ({elapsed_s:.0f} s)", markup=False
             )
             return
         self._bars.update(
             self._tasks[name],
-            total=1 if over else (total or None),
-            completed=1 if over else done,
-            mark=MARKS.get(state, " "),
-            count="" if over or not total else f"{int(done)}/{int(total)}",
-            note="found finished" if state == "cached" else note,
-            worked=0 if over else done - base,
-            todo=total - base,
-            since=lambda: time.monotonic() - since,
+            total=1 if is_done else (total or None),
+            completed=1 if is_done else done,
+            mark=STATE_MARKS.get(state, " "),
+            count="" if is_done or not total else f"{int(done)}/{int(total)}",
+            note="cached" if state == "cached" else note,
+            done=0 if is_done else done - base_done,
+            remaining=total - base_done,
+            elapsed=lambda: time.monotonic() - base_time,
         )
-        if over:
+        if is_done:
             self._bars.stop_task(self._tasks[name])
 
-    def _say(
+    def _print_line(
         self,
         name: str,
         state: str,
@@ -137,23 +150,74 @@ class Show:
         total: float,
         note: str,
         now: float,
-        since: float,
-        base: float,
+        base_time: float,
+        base_done: float,
     ) -> None:
-        last, last_state = self._said.get(name, (-EVERY, ""))
-        if state == last_state and now - last < max(EVERY, (now - self._started[name]) / 20):
+        last_time, last_state = self._last_line.get(name, (-MIN_LINE_INTERVAL_S, ""))
+        interval_s = max(MIN_LINE_INTERVAL_S, (now - self._started_at[name]) / 20)
+        if state == last_state and now - last_time < interval_s:
             return
-        self._said[name] = (now, state)
+        self._last_line[name] = (now, state)
         if state == "running" and total:
-            left = eta(done - base, total - base, now - since)
-            share = f"{int(done)}/{int(total)} ({100 * done / total:.0f} %)"
-            text = ", ".join(filter(None, [share, f"ETA {left}" if left else "", note]))
+            eta = format_eta(done - base_done, total - base_done, now - base_time)
+            counts = f"{int(done)}/{int(total)} ({100 * done / total:.0f} %)"
+            text = ", ".join(filter(None, [counts, f"ETA {eta}" if eta else "", note]))
         elif state == "finished":
-            text = f"finished in {now - self._started[name]:.1f} s" + (f", {note}" if note else "")
+            text = f"finished in {now - self._started_at[name]:.1f} s" + (f", {note}" if note else "")
         elif state == "cached":
-            text = "found finished"
+            text = "cached"
         else:
             text = f"{state}: {note}" if note else state
         self.console.print(
-            f"{MARKS.get(state, ' ')} {name.replace('/', ': '):<24} {text}", markup=False, soft_wrap=True
+            f"{STATE_MARKS.get(state, ' ')} {name.replace('/', ': '):<24} {text}",
+            markup=False,
+            soft_wrap=True,
         )
+
+
+def progress_callback(display: ProgressDisplay, name: str) -> Callable[..., None]:
+    """A callback (done, total, note) that displays the progress of `name`."""
+    return lambda done, total, note="": display(name, "running", done, total, note)
+
+
+@contextmanager
+def mask_reading_display(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """Displays the reading of mask folders that takes long; yields the callback (uri, done, total). `quiet`: on stderr."""
+    with ExitStack() as stack:
+        display: ProgressDisplay | None = None
+        started_at: float | None = None
+
+        def on_masks(uri: str, done: int, total: int) -> None:
+            nonlocal display, started_at
+            started_at = time.monotonic() if started_at is None else started_at
+            if display is None and time.monotonic() - started_at > MASK_DISPLAY_DELAY_S:
+                console = Console(stderr=True, highlight=False) if quiet else None
+                display = stack.enter_context(ProgressDisplay(console))
+            if display is not None:
+                display("masks", "finished" if done == total else "running", done, total, f"read in {uri}")
+            if done == total:
+                stack.close()  # rich allows one live display at a time, and the evaluation's may follow
+                display = started_at = None
+
+        yield on_masks
+
+
+@contextmanager
+def scoring_display(quiet: bool = False) -> Iterator[ProgressCallback]:
+    """Displays the progress of an evaluation; yields its callback. `quiet`: displays nothing."""
+    with ExitStack() as stack:
+        display: ProgressDisplay | None = None
+        scored = 0.0
+
+        def on_progress(done: float, total: float, note: str = "") -> None:
+            nonlocal display, scored
+            if quiet:
+                return
+            if display is None:
+                display = stack.enter_context(ProgressDisplay())
+            scored = done
+            display("evaluate", "running", done, total, note)
+
+        yield on_progress
+        if display is not None:
+            display("evaluate", "finished", note=f"{scored:.0f} photographs")

@@ -1,1 +1,1 @@
-"""Where it runs: Ray here or there, clusters and servers of this machine, jobs."""
+"""Where pipelines run: Ray sessions, local clusters, MLflow and S3 servers of this machine, submitted jobs."""

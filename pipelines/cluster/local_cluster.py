@@ -1,4 +1,4 @@
-"""A Ray cluster of several real nodes on this machine: on loopback, behind a token, and ended without a trace."""
+"""A multi-node Ray cluster on this machine: loopback only, token-protected, removed completely by `stop`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -25,95 +24,119 @@ from typing import Any
 
 import psutil
 
+from data_prep.network import bypass_proxy_for_loopback
+from pipelines import notices
 from pipelines.cluster import loopback, session
-from pipelines.cluster.services import write_private
+from pipelines.cluster.folders import cluster_folder, forkserver_variables
+from pipelines.cluster.services import write_private_file
 
-START = 90.0  # seconds that a cluster may take to start
-GRACE = 8.0  # seconds that its processes have to end by themselves
-OBJECTS = 256 * 2**20  # bytes of a node's object store: all nodes share one machine's memory
-HEALTH = {"RAY_health_check_period_ms": "1000"}  # a dead node is noticed after 5 s instead of 15
-MARK = "INPAINT_CLUSTER"  # in the environment of every process that descends from a node
+START_SECONDS = 90.0  # for a cluster to start
+GRACE_SECONDS = 8.0  # for its processes to end before they are killed
+OBJECT_STORE_BYTES = 256 * 2**20  # per node: all nodes share one machine's memory
+HEALTH_ENV_VARS = {"RAY_health_check_period_ms": "1000"}  # a dead node is detected after 5 s instead of 15
+PROCESS_MARK = "INPAINT_CLUSTER"  # variable in the environment of every process that descends from a node
 
 
 class ClusterError(RuntimeError):
-    """A local cluster that cannot be started, found or ended; one line."""
+    """A local cluster that cannot be started or stopped; one line."""
+
+
+_STORED = {
+    "started_at": "began",
+    "ray_folder": "temporary",
+    "dashboard_port": "dashboard",
+    "target_nodes": "wanted",
+    "cpus_per_node": "cpus",
+}
+"""field of Node or LocalCluster -> its key in cluster.json"""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One `ray start --block`: its process id, and when that began, as ids are used again."""
+    """One process `ray start --block`: its id, and its start time, as process ids are reused."""
 
     name: str
     pid: int
-    began: float
+    started_at: float
 
     @property
-    def alive(self) -> bool:
+    def is_alive(self) -> bool:
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.pid)
-            return process.create_time() == self.began and process.status() != psutil.STATUS_ZOMBIE
+            return process.create_time() == self.started_at and process.status() != psutil.STATUS_ZOMBIE
         return False
 
 
 @dataclass
 class LocalCluster:
-    """What is known of a cluster: kept in `folder`/cluster.json, from before its first process runs."""
+    """The state of a cluster, stored in `folder`/cluster.json before its first process starts."""
 
     name: str
     folder: Path
-    temporary: Path  # Ray's own files; short, as its sockets' paths may have 107 characters
-    port: int  # of the head
-    dashboard: int  # port of the dashboard and the Jobs API
+    ray_folder: Path  # Ray's files; a short path, as sockets' paths have at most 107 bytes
+    port: int  # of the head node
+    dashboard_port: int  # of the dashboard and the Jobs API
     nodes: list[Node]
-    wanted: int
-    cpus: int  # of each node
+    target_nodes: int
+    cpus_per_node: int
 
     @property
     def address(self) -> str:
         return f"{loopback.LOOPBACK}:{self.port}"
 
     @property
-    def jobs(self) -> str:
-        return f"http://{loopback.LOOPBACK}:{self.dashboard}"
+    def jobs_url(self) -> str:
+        return f"http://{loopback.LOOPBACK}:{self.dashboard_port}"
 
     @property
-    def token(self) -> Path:
+    def token_file(self) -> Path:
         return self.folder / "token"
 
     @property
-    def up(self) -> bool:
-        return bool(self.nodes) and self.nodes[0].alive
+    def is_running(self) -> bool:
+        return bool(self.nodes) and self.nodes[0].is_alive
 
     def processes(self) -> list[psutil.Process]:
-        """Every process that descends from a node, whatever became of its parents."""
-        found = []
+        """All processes that descend from a node, also those whose parents have ended."""
+        processes = []
         for process in psutil.process_iter():
             with suppress(psutil.Error, OSError):
-                if process.environ().get(MARK) == str(self.temporary):
-                    found.append(process)
-        return found
+                if process.environ().get(PROCESS_MARK) == str(self.ray_folder):
+                    processes.append(process)
+        return processes
 
-    def counted(self) -> int:
-        """How many alive nodes the head counts."""
-        return len(self.raylets())
+    def alive_count(self) -> int:
+        """The number of alive nodes according to the head."""
+        return len(self.alive_nodes())
 
-    def raylets(self) -> list[dict[str, Any]]:
-        """What the head says of its alive nodes (nodeName, nodeId...); nothing when it does not answer."""
+    def alive_nodes(self) -> list[dict[str, Any]]:
+        """The head's entries of its alive nodes (nodeName, nodeId...); empty if it does not answer."""
+        bypass_proxy_for_loopback()
         request = urllib.request.Request(
-            f"{self.jobs}/nodes?view=summary",
-            headers={"Authorization": f"Bearer {self.token.read_text()}"},
+            f"{self.jobs_url}/nodes?view=summary",
+            headers={"Authorization": f"Bearer {self.token_file.read_text()}"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=5) as answer:
-                found = [node["raylet"] for node in json.load(answer)["data"]["summary"]]
+            with urllib.request.urlopen(request, timeout=5) as response:
+                raylets = [node["raylet"] for node in json.load(response)["data"]["summary"]]
         except (OSError, ValueError, KeyError):
             return []
-        return [raylet for raylet in found if raylet.get("state") == "ALIVE"]
+        return [raylet for raylet in raylets if raylet.get("state") == "ALIVE"]
 
     def save(self) -> None:
-        body = asdict(self) | {"folder": str(self.folder), "temporary": str(self.temporary)}
-        (self.folder / "cluster.tmp").write_text(json.dumps(body, indent=1))
+        values = asdict(self) | {"folder": str(self.folder), "ray_folder": str(self.ray_folder)}
+        values["nodes"] = [_stored(node) for node in values["nodes"]]
+        (self.folder / "cluster.tmp").write_text(json.dumps(_stored(values), indent=1))
         os.replace(self.folder / "cluster.tmp", self.folder / "cluster.json")
+
+
+def _stored(values: dict[str, Any]) -> dict[str, Any]:
+    return {_STORED.get(field, field): value for field, value in values.items()}
+
+
+def _from_stored(stored: dict[str, Any]) -> dict[str, Any]:
+    fields = {key: field for field, key in _STORED.items()}
+    return {fields.get(key, key): value for key, value in stored.items()}
 
 
 def state_folder() -> Path:
@@ -121,33 +144,34 @@ def state_folder() -> Path:
     return Path(root) / "inpaint" / "clusters"
 
 
-def find(name: str) -> LocalCluster | None:
-    """The cluster of this name, running or not; None when there is none."""
+def load(name: str) -> LocalCluster | None:
+    """The cluster of this name, running or not; None if there is none."""
     try:
-        raw = json.loads((state_folder() / name / "cluster.json").read_text())
+        stored = json.loads((state_folder() / name / "cluster.json").read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    nodes = [Node(**node) for node in raw.pop("nodes")]
-    folder, temporary = Path(raw.pop("folder")), Path(raw.pop("temporary"))
-    return LocalCluster(**raw, nodes=nodes, folder=folder, temporary=temporary)
+    values = _from_stored(stored)
+    values["nodes"] = [Node(**_from_stored(node)) for node in values["nodes"]]
+    values |= {name: Path(values[name]) for name in ("folder", "ray_folder")}
+    return LocalCluster(**values)
 
 
-def of_address(jobs: str) -> LocalCluster | None:
-    """The running cluster of this machine whose Jobs API has this address."""
+def find_by_address(jobs_url: str) -> LocalCluster | None:
+    """The running cluster of this machine whose Jobs API has this URL; None if there is none."""
     for path in sorted(state_folder().glob("*/cluster.json")):
-        cluster = find(path.parent.name)
+        cluster = load(path.parent.name)
         if (
             cluster
-            and cluster.up
-            and cluster.jobs == jobs.rstrip("/").replace("localhost", loopback.LOOPBACK)
+            and cluster.is_running
+            and cluster.jobs_url == jobs_url.rstrip("/").replace("localhost", loopback.LOOPBACK)
         ):
             return cluster
     return None
 
 
 @contextmanager
-def hold(name: str) -> Iterator[None]:
-    """One `up` or `down` of a cluster at a time."""
+def locked(name: str) -> Iterator[None]:
+    """Lock a cluster for one `up` or `down` at a time. Raises ClusterError if it is locked or the name is invalid."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,31}", name):
         raise ClusterError(f"--name {name}: give up to 32 letters, digits, - and _")
     state_folder().mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -156,76 +180,83 @@ def hold(name: str) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ClusterError(
-                f"cluster {name} is being started or ended by another process; wait for it"
+                f"cluster {name} is being started or stopped by another process; wait for it"
             ) from None
         yield
 
 
-def start(name: str, nodes: int, cpus: int, progress: Any = lambda *_: None) -> LocalCluster:
-    """Start `nodes` nodes of `cpus` CPUs each and wait until the head counts them all.
+def start(name: str, nodes: int, cpus_per_node: int, progress: Any = lambda *_: None) -> LocalCluster:
+    """Start `nodes` nodes of `cpus_per_node` CPUs each and wait until the head counts them all.
 
-    Raises ClusterError in one line; whatever was started by then is ended.
+    Raises ClusterError in one line, after it has stopped whatever was started.
     """
     folder = state_folder() / name
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True, mode=0o700)
-    temporary = Path(tempfile.mkdtemp(prefix="inpaint-"))
-    port, dashboard, client = loopback.free_ports(3)
-    cluster = LocalCluster(name, folder, temporary, port, dashboard, [], nodes, cpus)
-    write_private(cluster.token, secrets.token_hex(32))
+    ray_folder, note = cluster_folder()
+    if note:
+        notices.note(note)
+    port, dashboard_port, client_port = loopback.free_ports(3)
+    cluster = LocalCluster(name, folder, ray_folder, port, dashboard_port, [], nodes, cpus_per_node)
+    write_private_file(cluster.token_file, secrets.token_hex(32))
     cluster.save()
-    head = ["--head", f"--port={port}", f"--ray-client-server-port={client}", "--include-dashboard=true"]
-    head += [f"--dashboard-host={loopback.LOOPBACK}", f"--dashboard-port={dashboard}"]
-    deadline = time.monotonic() + START
+    arguments = [
+        "--head",
+        f"--port={port}",
+        f"--ray-client-server-port={client_port}",
+        "--include-dashboard=true",
+    ]
+    arguments += [f"--dashboard-host={loopback.LOOPBACK}", f"--dashboard-port={dashboard_port}"]
+    deadline = time.monotonic() + START_SECONDS
     try:
-        _launch(cluster, "head", head)
-        while not _answers(port):
-            _check(cluster, deadline, "the head does not answer")
-        replenish(cluster, progress)
+        _start_node(cluster, "head", arguments)
+        while not _accepts_connections(port):
+            _check_startup(cluster, deadline, "the head does not answer")
+        start_missing_nodes(cluster, progress)
     except BaseException:
-        end(cluster)
+        stop(cluster)
         raise
     return cluster
 
 
-def replenish(cluster: LocalCluster, progress: Any = lambda *_: None) -> None:
-    """Start nodes in the place of those that died, and wait until the head counts all that are wanted."""
-    cluster.nodes = [node for node in cluster.nodes if node.alive]
-    taken = {node.name for node in cluster.nodes}
-    free = (name for number in itertools.count(1) if (name := f"node-{number}") not in taken)
-    for _ in range(cluster.wanted - len(cluster.nodes)):
-        name = next(free)
-        shutil.rmtree(cluster.temporary / name, ignore_errors=True)
-        _launch(cluster, name, [f"--address={cluster.address}"])
-    deadline = time.monotonic() + START
-    while (counted := cluster.counted()) < cluster.wanted:
-        progress(counted, cluster.wanted)
-        _check(cluster, deadline, f"{counted} of {cluster.wanted} nodes are up")
+def start_missing_nodes(cluster: LocalCluster, progress: Any = lambda *_: None) -> None:
+    """Start a node for each that is missing or has died, and wait until the head counts `target_nodes`."""
+    cluster.nodes = [node for node in cluster.nodes if node.is_alive]
+    used_names = {node.name for node in cluster.nodes}
+    free_names = (name for number in itertools.count(1) if (name := f"node-{number}") not in used_names)
+    for _ in range(cluster.target_nodes - len(cluster.nodes)):
+        name = next(free_names)
+        shutil.rmtree(cluster.ray_folder / name, ignore_errors=True)
+        _start_node(cluster, name, [f"--address={cluster.address}"])
+    deadline = time.monotonic() + START_SECONDS
+    while (alive := cluster.alive_count()) < cluster.target_nodes:
+        progress(alive, cluster.target_nodes)
+        _check_startup(cluster, deadline, f"{alive} of {cluster.target_nodes} nodes are up")
 
 
-def end(cluster: LocalCluster) -> int:
-    """End every process of the cluster, and nothing else, and delete its files; how many processes there were."""
+def stop(cluster: LocalCluster) -> int:
+    """End all processes of the cluster, and no others, and delete its files; returns the number of processes."""
     count = len(cluster.processes())
     for node in cluster.nodes:
-        if node.alive:
-            os.kill(node.pid, signal.SIGTERM)  # `ray start` ends what it started, in order
-    _until(lambda: not any(node.alive for node in cluster.nodes), GRACE)
+        if node.is_alive:
+            os.kill(node.pid, signal.SIGTERM)  # `ray start` ends its children in order
+    _wait_until(lambda: not any(node.is_alive for node in cluster.nodes), GRACE_SECONDS)
 
-    def none_left() -> bool:
-        left = cluster.processes()
-        for process in left:
+    def kill_remaining() -> bool:
+        remaining = cluster.processes()
+        for process in remaining:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        return not left
+        return not remaining
 
-    if not _until(none_left, GRACE):
+    if not _wait_until(kill_remaining, GRACE_SECONDS):
         raise ClusterError(f"process {cluster.processes()[0].pid} of cluster {cluster.name} does not end")
-    shutil.rmtree(cluster.temporary, ignore_errors=True)
+    shutil.rmtree(cluster.ray_folder, ignore_errors=True)
     shutil.rmtree(cluster.folder, ignore_errors=True)
     return count
 
 
-def _until(condition: Callable[[], bool], seconds: float) -> bool:
+def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -234,62 +265,78 @@ def _until(condition: Callable[[], bool], seconds: float) -> bool:
     return True
 
 
-def environment(cluster: LocalCluster) -> dict[str, str]:
-    """What a process needs to belong to the cluster, as a node, a driver or a client of its Jobs API."""
+def cluster_env_vars(cluster: LocalCluster) -> dict[str, str]:
+    """The environment variables of a node, a driver or a Jobs API client of the cluster."""
     return {
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(cluster.token),
-        **{key: loopback.SETTINGS[key] for key in loopback.SETTINGS if key.startswith("RAY_")},
+        "RAY_AUTH_TOKEN_PATH": str(cluster.token_file),
+        **{
+            key: loopback.LOOPBACK_ENV_VARS[key]
+            for key in loopback.LOOPBACK_ENV_VARS
+            if key.startswith("RAY_")
+        },
     }
 
 
-def _launch(cluster: LocalCluster, name: str, arguments: Sequence[str]) -> None:
+def _start_node(cluster: LocalCluster, name: str, arguments: Sequence[str]) -> None:
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", *arguments]
-    command += [f"--node-ip-address={loopback.LOOPBACK}", f"--node-name={name}", f"--num-cpus={cluster.cpus}"]
-    command += [f"--object-store-memory={OBJECTS}", "--min-worker-port=0", "--max-worker-port=0"]
+    command += [
+        f"--node-ip-address={loopback.LOOPBACK}",
+        f"--node-name={name}",
+        f"--num-cpus={cluster.cpus_per_node}",
+    ]
+    command += [f"--object-store-memory={OBJECT_STORE_BYTES}", "--min-worker-port=0", "--max-worker-port=0"]
     command += ["--dashboard-agent-listen-port=0", "--disable-usage-stats"]
-    command += [f"--temp-dir={cluster.temporary}/{name}"]  # which Ray lets everybody write; not so its parent
-    own = {key: value for key, value in os.environ.items() if key not in ("RAY_AUTH_TOKEN", "RAY_ADDRESS")}
-    bin = str(Path(sys.executable).parent)
-    own |= (
-        session.SETTINGS | HEALTH | loopback.SETTINGS | environment(cluster) | {MARK: str(cluster.temporary)}
+    # Ray makes its folder writable by all users; the parent is not.
+    command += [f"--temp-dir={cluster.ray_folder}/{name}"]
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("RAY_AUTH_TOKEN", "RAY_ADDRESS")
+    }
+    bin_folder = str(Path(sys.executable).parent)
+    environment |= (
+        session.SESSION_ENV_VARS
+        | HEALTH_ENV_VARS
+        | loopback.LOOPBACK_ENV_VARS
+        | cluster_env_vars(cluster)
+        | {PROCESS_MARK: str(cluster.ray_folder)}
     )
-    own |= {"PATH": f"{bin}{os.pathsep}{os.environ.get('PATH', '')}"}
-    # or its workers look for the head where another Ray of this machine has left its address, for 12 s a training
-    own["RAY_API_SERVER_ADDRESS"] = cluster.jobs
+    environment |= forkserver_variables(cluster.ray_folder)
+    environment |= {"PATH": f"{bin_folder}{os.pathsep}{os.environ.get('PATH', '')}"}
+    # Otherwise its workers try the address that another Ray of this machine left behind, for 12 s per training.
+    environment["RAY_API_SERVER_ADDRESS"] = cluster.jobs_url
     if name != "head":
-        own["RAY_START_HOOK"] = f"{loopback.__name__}.{loopback.join_on_loopback.__name__}"
+        environment["RAY_START_HOOK"] = f"{loopback.__name__}.{loopback.join_on_loopback.__name__}"
     with open(cluster.folder / f"{name}.log", "w") as log:
-        node = subprocess.Popen(
+        process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=own,
-            cwd=cluster.temporary,
+            env=environment,
+            cwd=cluster.ray_folder,
             start_new_session=True,
         )
-    cluster.nodes.append(Node(name, node.pid, psutil.Process(node.pid).create_time()))
+    cluster.nodes.append(Node(name, process.pid, psutil.Process(process.pid).create_time()))
     cluster.save()
 
 
-def _check(cluster: LocalCluster, deadline: float, what: str) -> None:
-    """Between two looks at a cluster that starts: whether going on makes sense."""
+def _check_startup(cluster: LocalCluster, deadline: float, problem: str) -> None:
+    """Wait 0.2 s. Raises ClusterError if a node has died or the deadline has passed."""
     for node in cluster.nodes:
-        if not node.alive:
+        if not node.is_alive:
             last = _last_line(cluster.folder / f"{node.name}.log")
             raise ClusterError(f"{node.name} of cluster {cluster.name} ended: {last}")
     if time.monotonic() > deadline:
-        raise ClusterError(f"cluster {cluster.name}: {what} after {START:.0f} s; try fewer nodes")
+        raise ClusterError(f"cluster {cluster.name}: {problem} after {START_SECONDS:.0f} s; try fewer nodes")
     time.sleep(0.2)
 
 
 def _last_line(path: Path) -> str:
     lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1] if lines else "it said nothing"
+    return lines[-1] if lines else "no output"
 
 
-def _answers(port: int) -> bool:
+def _accepts_connections(port: int) -> bool:
     try:
         with socket.create_connection((loopback.LOOPBACK, port), timeout=1):
             return True

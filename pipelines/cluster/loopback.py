@@ -1,42 +1,65 @@
-"""Ray on loopback: 2.60 takes 127.0.0.1 for "this machine" and listens on its network address, unless told as here."""
+"""Ray on loopback: by default Ray 2.60 takes 127.0.0.1 for "this machine" and listens on its network address."""
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-LOOPBACK = "127.0.0.1"
-HOSTS = (LOOPBACK, "localhost", "::1", "[::1]")
+from pipelines.environment import set_environment
+from pipelines.private import ray as ray_internals
 
-SETTINGS = {
-    # Where Ray does not expect clusters (its words for Windows and macOS) its nodes are 127.0.0.1, and all of its
-    # servers listen there and nowhere else. Drivers need it too: they would look for 127.0.0.1 elsewhere.
+LOOPBACK = "127.0.0.1"
+LOOPBACK_HOSTS = (LOOPBACK, "localhost", "::1", "[::1]")
+
+LOOPBACK_ENV_VARS = {
+    # Without cluster support, as by default on Windows and macOS, Ray's nodes are 127.0.0.1 and all its servers listen
+    # there only. Drivers need it too: otherwise they replace 127.0.0.1 by the network address.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
     "GLOO_SOCKET_IFNAME": "lo" if sys.platform.startswith("linux") else "lo0",
 }
 
 
 def is_loopback(address: str) -> bool:
-    """Whether host:port, or an URL, is on loopback."""
-    return address.rpartition("://")[2].partition("/")[0].rpartition(":")[0] in HOSTS
+    """Whether host:port or a URL is on loopback."""
+    return address.rpartition("://")[2].partition("/")[0].rpartition(":")[0] in LOOPBACK_HOSTS
+
+
+def is_loopback_host(host: str) -> bool:
+    """Whether a host name or IP address is on loopback."""
+    try:
+        return host in LOOPBACK_HOSTS or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def free_ports(count: int = 1) -> list[int]:
-    """Ports of loopback that nobody listens at, all different."""
+    """Distinct free ports on loopback."""
     sockets = [socket.socket() for _ in range(count)]
     try:
-        for one in sockets:
-            one.bind((LOOPBACK, 0))
-        return [one.getsockname()[1] for one in sockets]
+        for sock in sockets:
+            sock.bind((LOOPBACK, 0))
+        return [sock.getsockname()[1] for sock in sockets]
     finally:
-        for one in sockets:
-            one.close()
+        for sock in sockets:
+            sock.close()
+
+
+@contextmanager
+def ray_on_loopback() -> Iterator[None]:
+    """Inside, Ray started or joined by this process is on loopback; afterwards Ray's state is restored.
+
+    Ray reads the first variable once, when it is imported, and uses that value whenever it asks for an address; it is
+    therefore patched here. Ray's processes and workers inherit the variables.
+    """
+    # Ray first: if it is imported before the environment changes, its former value can be restored
+    with ray_internals.loopback_node_address(), set_environment(LOOPBACK_ENV_VARS):
+        yield
 
 
 def join_on_loopback(parameters: Any, head: bool) -> None:
-    """A RAY_START_HOOK for `ray start --address`, which refuses to join a cluster under the setting above."""
-    from ray._private import ray_constants, services
-
-    ray_constants.ENABLE_RAY_CLUSTER = True
-    services.get_node_ip_address = lambda address=None: LOOPBACK
+    """A RAY_START_HOOK for `ray start --address`, which without it refuses to join under the setting above."""
+    ray_internals.set_node_address(LOOPBACK)

@@ -1,8 +1,8 @@
-"""`inpaint services`: an MLflow server and an S3 server, on loopback unless told otherwise.
+"""`inpaint services`: an MLflow server and an S3 server, by default on loopback.
 
-Their secrets are generated at the first start, and are in a file of mode 600 that every later start reads. Whoever wants
-to choose them writes that file before. The environment's, which open something else, are taken only when that is asked
-for: in a container of their own.
+The first start generates their secrets and stores them in a file of mode 600, which later starts read. To choose the
+secrets, write that file before the first start. Secrets in the environment usually belong to other servers; they are
+used only on request (--from-environment, for containers).
 """
 
 from __future__ import annotations
@@ -13,35 +13,35 @@ import secrets
 import shlex
 import shutil
 import socket
-import sqlite3
 import subprocess
 import sys
-from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
+from data_prep.uris import file_url, sqlite_url
 from pipelines.cluster.loopback import LOOPBACK, free_ports
+from pipelines.private.mlflow_tables import read_admin
 
 BUCKET = "inpaint"
-EXTRA = "pip install 'inpaint-pipelines[services]'"
-AUTH = """[mlflow]
+INSTALL_HINT = "pip install 'inpaint-pipelines[services]'"
+AUTH_INI = """[mlflow]
 default_permission = READ
-database_uri = sqlite:///{folder}/users.db
+database_uri = {users}
 admin_username = admin
 authorization_function = mlflow.server.auth:authenticate_request_basic_auth
 """
-# all that JuiceFS gets of the environment: it would keep an ACCESS_KEY and SECRET_KEY in its database, and obey any MINIO_*
-PASSED = ("HOME", "LANG", "PATH", "TMPDIR", "TZ")
-# KEY=VALUE, exported or not, in what a shell and shlex read alike: nothing that a shell would expand
-ASSIGNED = r"""(?:export\s+)?([A-Za-z_]\w*)=((?:'[^']*'|"[^"$`\\]*"|[\w@%+=:,./-])*)(?:\s+#.*)?"""
+# The only variables passed to JuiceFS: it would store ACCESS_KEY and SECRET_KEY in its database, and read any MINIO_*
+PASSED_VARIABLES = ("HOME", "LANG", "PATH", "TMPDIR", "TZ")
+# KEY=VALUE, exported or not, that a shell and shlex parse alike: nothing that a shell would expand
+ASSIGNMENT = r"""(?:export\s+)?([A-Za-z_]\w*)=((?:'[^']*'|"[^"$`\\]*"|[\w@%+=:,./-])*)(?:\s+#.*)?"""
 
 
 class ServiceError(RuntimeError):
     """A server that cannot be started; one line."""
 
 
-def mlflow(
+def serve_mlflow(
     folder: Path,
     port: int,
     backend: str | None = None,
@@ -50,156 +50,171 @@ def mlflow(
     allowed_hosts: str | None = None,
     from_environment: bool = False,
 ) -> NoReturn:
-    """Become `mlflow server` with users, artifacts through it; `allowed_hosts` are the names it may be reached by."""
+    """Replace this process by `mlflow server` with users, which proxies artifacts. Raises ServiceError.
+
+    allowed_hosts: the host names that clients may use.
+    """
     if find_spec("flask_wtf") is None:
-        raise ServiceError(f"users of an MLflow server need the package Flask-WTF: {EXTRA}")
-    _prepare(folder, host, port)
-    known = read_environment(folder / "mlflow.env")
-    known |= _environments("MLFLOW_TRACKING_PASSWORD") if from_environment else {}
-    _check_administrator(folder, known.get("MLFLOW_TRACKING_PASSWORD", ""))
-    password = known.get("MLFLOW_TRACKING_PASSWORD") or secrets.token_urlsafe(24)
-    uri = f"http://{_reached(host)}:{port}"
-    own = {
+        raise ServiceError(f"users of an MLflow server need the package Flask-WTF: {INSTALL_HINT}")
+    _check_folder_and_port(folder, host, port)
+    variables = read_env_file(folder / "mlflow.env")
+    variables |= _require_variables("MLFLOW_TRACKING_PASSWORD") if from_environment else {}
+    _check_administrator(folder, variables.get("MLFLOW_TRACKING_PASSWORD", ""))
+    password = variables.get("MLFLOW_TRACKING_PASSWORD") or secrets.token_urlsafe(24)
+    uri = f"http://{_connect_host(host)}:{port}"
+    connection = {
         "MLFLOW_TRACKING_URI": uri,
         "MLFLOW_TRACKING_USERNAME": "admin",
         "MLFLOW_TRACKING_PASSWORD": password,
     }
-    _check_length(folder / "mlflow.env", own, MLFLOW_TRACKING_PASSWORD=12)
-    write_environment(folder / "mlflow.env", known | own)
-    (folder / "auth.ini").write_text(AUTH.format(folder=folder))
-    server = {
+    _check_lengths(folder / "mlflow.env", connection, MLFLOW_TRACKING_PASSWORD=12)
+    write_env_file(folder / "mlflow.env", variables | connection)
+    (folder / "auth.ini").write_text(
+        AUTH_INI.format(users=sqlite_url(folder / "users.db").replace("%", "%%"))
+    )
+    server_variables = {
         "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
         "MLFLOW_AUTH_ADMIN_USERNAME": "admin",
         "MLFLOW_AUTH_ADMIN_PASSWORD": password,
         "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
-        "MLFLOW_BACKEND_STORE_URI": backend
-        or f"sqlite:///{folder}/mlflow.db",  # may hold a password: not for `ps`
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # a dozen processes that nothing here needs
+        # not on the command line, as it may contain a password
+        "MLFLOW_BACKEND_STORE_URI": backend or sqlite_url(folder / "mlflow.db"),
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # saves a dozen unused processes
     }
     command = [sys.executable, "-m", "mlflow", "server", "--app-name", "basic-auth"]
-    command += ["--artifacts-destination", artifacts or str(folder / "artifacts")]
+    command += ["--artifacts-destination", artifacts or file_url(folder / "artifacts")]
     command += ["--host", host, "--port", str(port), "--workers", "2"]
     command += ["--allowed-hosts", allowed_hosts] if allowed_hosts else []
     print(
         f"MLflow at {uri}; address and password are in {folder}/mlflow.env: source it. Ctrl-C ends it.",
         flush=True,
     )
-    _become(command, folder, {**os.environ, **server})
+    _exec_server(command, folder, {**os.environ, **server_variables})
 
 
-def s3(folder: Path, port: int, host: str = LOOPBACK, from_environment: bool = False) -> NoReturn:
-    """Become JuiceFS's S3 gateway, its files and its SQLite database in the folder."""
-    program = _juicefs()
-    _prepare(folder, host, port)
-    known = read_environment(folder / "s3.env")
-    known |= _environments("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") if from_environment else {}
-    endpoint = f"http://{_reached(host)}:{port}"
-    own = {
+def serve_s3(folder: Path, port: int, host: str = LOOPBACK, from_environment: bool = False) -> NoReturn:
+    """Replace this process by JuiceFS's S3 gateway; files and SQLite database lie in the folder. Raises ServiceError."""
+    program = _find_juicefs()
+    _check_folder_and_port(folder, host, port)
+    variables = read_env_file(folder / "s3.env")
+    variables |= _require_variables("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY") if from_environment else {}
+    endpoint = f"http://{_connect_host(host)}:{port}"
+    connection = {
         "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": known.get("AWS_ACCESS_KEY_ID") or secrets.token_hex(10),
-        "AWS_SECRET_ACCESS_KEY": known.get("AWS_SECRET_ACCESS_KEY") or secrets.token_hex(20),
-        "AWS_SESSION_TOKEN": "",  # one of another account would be sent with these keys, and be refused
+        "AWS_ACCESS_KEY_ID": variables.get("AWS_ACCESS_KEY_ID") or secrets.token_hex(10),
+        "AWS_SECRET_ACCESS_KEY": variables.get("AWS_SECRET_ACCESS_KEY") or secrets.token_hex(20),
+        "AWS_SESSION_TOKEN": "",  # a token of another account would be sent with these keys and refused
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    _check_length(folder / "s3.env", own, AWS_ACCESS_KEY_ID=3, AWS_SECRET_ACCESS_KEY=8)
-    write_environment(folder / "s3.env", known | own)
-    server = {name: os.environ[name] for name in PASSED if name in os.environ} | {
-        "MINIO_ROOT_USER": own["AWS_ACCESS_KEY_ID"],
-        "MINIO_ROOT_PASSWORD": own["AWS_SECRET_ACCESS_KEY"],
+    _check_lengths(folder / "s3.env", connection, AWS_ACCESS_KEY_ID=3, AWS_SECRET_ACCESS_KEY=8)
+    write_env_file(folder / "s3.env", variables | connection)
+    server_variables = {name: os.environ[name] for name in PASSED_VARIABLES if name in os.environ} | {
+        "MINIO_ROOT_USER": connection["AWS_ACCESS_KEY_ID"],
+        "MINIO_ROOT_PASSWORD": connection["AWS_SECRET_ACCESS_KEY"],
     }
-    database = f"sqlite3://{folder}/files.db"
-    command = [program, "--no-agent", "gateway", "--no-color", "--no-banner", "--no-usage-report"]
-    command += ["--log", str(folder / "gateway.log"), "--cache-size", "0", "--metrics", f"{LOOPBACK}:0"]
-    # tokens of claims are metadata; the checks of the storage are ETags; its top folders are buckets
-    command += ["--object-meta", "--keep-etag", "--multi-buckets", "--backup-meta", "0"]
-    command += [database]
+    database = "sqlite3://files.db"  # relative to the working directory: JuiceFS cuts a path at a '?'
+    gateway_command = [program, "--no-agent", "gateway", "--no-color", "--no-banner", "--no-usage-report"]
+    gateway_command += [
+        "--log",
+        str(folder / "gateway.log"),
+        "--cache-size",
+        "0",
+        "--metrics",
+        f"{LOOPBACK}:0",
+    ]
+    # The storage needs metadata (tokens of claims) and ETags (conditional writes); top folders are buckets.
+    gateway_command += ["--object-meta", "--keep-etag", "--multi-buckets", "--backup-meta", "0"]
+    gateway_command += [database]
     if not (folder / "files.db").exists():
-        format = [program, "format", "--no-color", "--trash-days", "0", "--storage", "file"]
-        format += ["--bucket", f"{folder}/files/", database, BUCKET]
-        _first_bucket(folder, format, command, server)
+        format_command = [program, "format", "--no-color", "--trash-days", "0", "--storage", "file"]
+        format_command += ["--bucket", f"{folder}/files/", database, BUCKET]
+        _create_bucket(folder, format_command, gateway_command, server_variables)
     print(
         f"S3 at {endpoint}, bucket s3://{BUCKET}; address and keys are in {folder}/s3.env: source it. Ctrl-C ends it.",
         flush=True,
     )
-    _become([*command, f"{host}:{port}"], folder, server)
+    _exec_server([*gateway_command, f"{host}:{port}"], folder, server_variables)
 
 
-def _environments(*keys: str) -> dict[str, str]:
+def _require_variables(*keys: str) -> dict[str, str]:
     if missing := [key for key in keys if not os.environ.get(key)]:
         raise ServiceError(f"--from-environment: {missing[0]} is not in the environment")
     return {key: os.environ[key] for key in keys}
 
 
 def _check_administrator(folder: Path, password: str) -> None:
-    """MLflow gives a new administrator the password, and leaves one it has as it is: ServiceError if that needs another."""
+    """ServiceError if MLflow's database has an administrator with another password: MLflow sets it for a new one only."""
     from werkzeug.security import check_password_hash
 
     users, file = folder / "users.db", folder / "mlflow.env"
     if not users.exists():
         return
-    with closing(sqlite3.connect(users)) as database:
-        if not database.execute("SELECT 1 FROM sqlite_master WHERE name = 'users'").fetchone():
-            return  # it was ended before it had any
-        found = database.execute("SELECT password_hash FROM users WHERE username = 'admin'").fetchone()
-    if found is None or (password and check_password_hash(found[0], password)):
+    has_users, password_hash = read_admin(users)
+    if not has_users:
+        return  # the first start was interrupted before it created users
+    if password_hash is None or (password and check_password_hash(password_hash, password)):
         return
-    wrong = "has a password that is not its own" if password else "has no MLFLOW_TRACKING_PASSWORD"
+    problem = "has another password" if password else "has no MLFLOW_TRACKING_PASSWORD"
     raise ServiceError(
-        f"{users} has an administrator, and {file} {wrong if file.exists() else 'is missing'}: "
+        f"{users} has an administrator, and {file} {problem if file.exists() else 'is missing'}: "
         f"put it there as MLFLOW_TRACKING_PASSWORD='...', or move {users.name} away, and all users with it, for a new one"
     )
 
 
-def _check_length(file: Path, values: dict[str, str], **least: int) -> None:
-    """What the servers ask of secrets that somebody chose, said before they fail by it."""
-    for key, length in least.items():
+def _check_lengths(file: Path, values: dict[str, str], **min_lengths: int) -> None:
+    """Check the minimum lengths that the servers require of secrets. Raises ServiceError."""
+    for key, length in min_lengths.items():
         if len(values[key]) < length:
             raise ServiceError(f"{key} in {file} is too short: give {length} characters or more")
 
 
-def _first_bucket(folder: Path, format: list[str], gateway: list[str], server: dict[str, str]) -> None:
-    """Format the folder, and make the bucket by a gateway that lives for the moment, on a port of its own."""
+def _create_bucket(
+    folder: Path, format_command: list[str], gateway_command: list[str], server_variables: dict[str, str]
+) -> None:
+    """Format the folder and create the bucket through a temporary gateway on another port."""
     import boto3
     from botocore.config import Config
 
-    made = subprocess.run(format, env=server, capture_output=True, text=True)
+    result = subprocess.run(format_command, env=server_variables, cwd=folder, capture_output=True, text=True)
     try:
-        if made.returncode:
-            last = (made.stderr.strip() or made.stdout.strip() or "no reason given").splitlines()[-1]
-            raise ServiceError(f"juicefs format failed in {folder}: {last}")
+        if result.returncode:
+            reason = (result.stderr.strip() or result.stdout.strip() or "no reason given").splitlines()[-1]
+            raise ServiceError(f"juicefs format failed in {folder}: {reason}")
         address = f"{LOOPBACK}:{free_ports()[0]}"
         with open(folder / "first.log", "w") as log:
-            first = subprocess.Popen([*gateway, address], env=server, stdout=log, stderr=log)
+            temporary_gateway = subprocess.Popen(
+                [*gateway_command, address], env=server_variables, cwd=folder, stdout=log, stderr=log
+            )
         try:
             boto3.client(
                 "s3",
                 endpoint_url=f"http://{address}",
-                aws_access_key_id=server["MINIO_ROOT_USER"],
-                aws_secret_access_key=server["MINIO_ROOT_PASSWORD"],
+                aws_access_key_id=server_variables["MINIO_ROOT_USER"],
+                aws_secret_access_key=server_variables["MINIO_ROOT_PASSWORD"],
                 region_name="us-east-1",
                 config=Config(retries={"mode": "standard", "total_max_attempts": 8}),
             ).create_bucket(Bucket=BUCKET)
         finally:
-            first.terminate()
-            first.wait()
+            temporary_gateway.terminate()
+            temporary_gateway.wait()
     except BaseException:
         for leftover in folder.glob("files.db*"):
             leftover.unlink()
         raise
 
 
-def write_environment(path: Path, values: dict[str, str]) -> None:
-    """A file to be sourced, every value quoted. ServiceError for a value of several lines or with a control character."""
+def write_env_file(path: Path, values: dict[str, str]) -> None:
+    """Write a file for `source`, each value quoted. ServiceError for a value with a newline or control character."""
     for key, value in values.items():
         if not value.isprintable():
             raise ServiceError(
-                f"{key} cannot be kept in {path}: it has a line's end or a control character in it"
+                f"{key} cannot be kept in {path}: it contains a newline or a control character"
             )
-    write_private(path, "".join(f"export {key}={shlex.quote(value)}\n" for key, value in values.items()))
+    write_private_file(path, "".join(f"export {key}={shlex.quote(value)}\n" for key, value in values.items()))
 
 
-def write_private(path: Path, text: str) -> None:
-    """A file that is readable by its owner alone from the moment it exists, and whole whatever happens."""
+def write_private_file(path: Path, text: str) -> None:
+    """Write a file atomically, readable by its owner only from its creation on."""
     temporary = path.with_suffix(".tmp")
     temporary.unlink(missing_ok=True)
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -210,49 +225,49 @@ def write_private(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def read_environment(path: Path) -> dict[str, str]:
-    """What `write_environment` wrote, or somebody by hand; {} when there is no such file.
+def read_env_file(path: Path) -> dict[str, str]:
+    """The variables in a file of `write_env_file`, or one written by hand; {} if there is no file.
 
-    The values are a shell's. ServiceError, which names the line and not what it holds, for any other line.
+    Values are quoted as for a shell. ServiceError for any other line, with its number and without its content.
     """
-    found = {}
+    variables = {}
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     for number, line in enumerate(map(str.strip, lines), 1):
         if not line or line.startswith("#"):
             continue
-        if (pair := re.fullmatch(ASSIGNED, line, re.ASCII)) is None:
+        if (assignment := re.fullmatch(ASSIGNMENT, line, re.ASCII)) is None:
             raise ServiceError(f"{path}, line {number}: give KEY='VALUE', with nothing that a shell expands")
-        found[pair[1]] = "".join(shlex.split(pair[2]))
-    return found
+        variables[assignment[1]] = "".join(shlex.split(assignment[2]))
+    return variables
 
 
-def _reached(host: str) -> str:
-    """How this machine reaches a server that listens there."""
+def _connect_host(host: str) -> str:
+    """The host by which this machine reaches a server that listens on `host`."""
     return LOOPBACK if host in ("0.0.0.0", "::") else host
 
 
-def _prepare(folder: Path, host: str, port: int) -> None:
-    os.umask(0o077)  # databases and artifacts are its owner's too
+def _check_folder_and_port(folder: Path, host: str, port: int) -> None:
+    os.umask(0o077)  # databases and artifacts are readable by their owner only
     folder.mkdir(parents=True, exist_ok=True)
-    with socket.socket() as one:
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            one.bind((host, port))
+            probe.bind((host, port))
         except OSError as error:
             raise ServiceError(
-                f"port {port} of {host} cannot be had ({error.strerror}); give another --port"
+                f"port {port} of {host} is unavailable ({error.strerror}); give another --port"
             ) from None
 
 
-def _juicefs() -> str:
-    beside = Path(sys.executable).with_name("juicefs")
-    found = str(beside) if beside.exists() else shutil.which("juicefs")
-    if found is None:
-        raise ServiceError(f"the S3 server is the program juicefs, which is not here: {EXTRA}")
-    return found
+def _find_juicefs() -> str:
+    in_environment = Path(sys.executable).with_name("juicefs")
+    program = str(in_environment) if in_environment.exists() else shutil.which("juicefs")
+    if program is None:
+        raise ServiceError(f"the S3 server needs the program juicefs, which is not installed: {INSTALL_HINT}")
+    return program
 
 
-def _become(command: list[str], folder: Path, environment: dict[str, str]) -> NoReturn:
+def _exec_server(command: list[str], folder: Path, environment: dict[str, str]) -> NoReturn:
     os.chdir(folder)
     path = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
     os.execve(command[0], command, {**environment, "PATH": path})

@@ -1,27 +1,35 @@
-"""Where Ray runs: the cluster this process belongs to, or a private one on this machine for the time of a command."""
+"""Ray sessions: join the cluster at RAY_ADDRESS, or start Ray on this machine for one command."""
 
 from __future__ import annotations
 
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
+from models import MODELS_ENV_VAR
+from pipelines import notices
 from pipelines.cluster import loopback
+from pipelines.cluster.folders import private_ray_folder
+from pipelines.cluster.ray_address import resolve_head
+from pipelines.environment import set_environment
+from pipelines.errors import known_cause
+from pipelines.private import ray as ray_internals
 
-SETTINGS = {
-    # A report becomes a checkpoint when the controller polls: 2 s by default, and a crash inside goes one back.
+SESSION_ENV_VARS = {
+    # A reported checkpoint is registered when the controller polls (2 s by default); a crash before that loses it.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    # An elastic training that lost a node asks for its room until Ray has noticed: 60 s by default.
+    # How long an elastic training that lost a node waits for its resources, until Ray has noticed: 60 s by default.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # a notice is of half a minute in some clouds
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # some clouds announce a shutdown only half a minute ahead
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_maximum_startup_concurrency": "8",  # a local Ray warns when it starts a few times this many processes
+    "RAY_maximum_startup_concurrency": "8",  # a local Ray warns when it starts a few times as many processes
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Not every bucket's server takes the newest checksums, which MLflow would send with artifacts.
+    # Some S3 servers refuse the newest checksums, which MLflow would send with artifacts.
     "AWS_REQUEST_CHECKSUM_CALCULATION": "when_required",
     "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required",
     "TQDM_DISABLE": "1",
@@ -29,27 +37,63 @@ SETTINGS = {
 }
 
 
-PRIVATE = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # of a Ray of one node, that ends with its driver
+class SessionError(RuntimeError):
+    """Ray cannot be started or joined; one line with Ray's message."""
+
+
+SINGLE_NODE_ENV_VARS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
+"""For a Ray of one node, which ends with its driver."""
 
 
 @contextmanager
 def ray_session(debug: bool = False) -> Iterator[None]:
-    """Joins RAY_ADDRESS when it is set; otherwise starts Ray here, without a dashboard, and ends it.
+    """Join the cluster at RAY_ADDRESS if it is set; otherwise start Ray on this machine, without a dashboard.
 
-    Never whatever cluster happens to run on this machine: `ray.init()` alone would join that.
+    Unlike `ray.init()`, never joins a cluster that merely runs on this machine. Ray is on loopback if it is started here
+    or if its cluster is; the variables for that are restored afterwards. Raises HeadError if no cluster answers,
+    FolderError if there is no folder for Ray's sockets, SessionError for other errors of Ray.
     """
-    address = os.environ.get("RAY_ADDRESS", "local")
-    here = loopback.SETTINGS if address == "local" or loopback.is_loopback(address) else {}
-    for key, value in {**SETTINGS, **here}.items():
+    head = resolve_head(os.environ.get("RAY_ADDRESS"))
+    notices.announce(
+        "starting Ray on this machine" if head.starts_ray else f"joining the Ray cluster at {head.address}"
+    )
+    for key, value in SESSION_ENV_VARS.items():
         os.environ.setdefault(key, value)
     import ray
 
-    if address == "local":
-        os.environ.update(PRIVATE)
+    if ray.is_initialized():
+        raise SessionError("this process is already connected to Ray: call ray.shutdown() first")
+    options: dict[str, Any] = {}
+    if head.starts_ray:
+        folder, note = private_ray_folder()
+        options = {"include_dashboard": False, **ray_internals.temp_dir_option(folder)}
+        if note:
+            notices.note(note)
+    elif registered := os.environ.get(MODELS_ENV_VAR):  # a Ray that is started here inherits the environment
+        options = {"runtime_env": {"env_vars": {MODELS_ENV_VAR: registered}}}
     level = logging.INFO if debug else logging.ERROR
-    dashboard = False if address == "local" else None
-    ray.init(address=address, include_dashboard=dashboard, log_to_driver=debug, logging_level=level)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with ExitStack() as stack:
+        if head.on_loopback:
+            stack.enter_context(loopback.ray_on_loopback())
+        if head.starts_ray:
+            stack.enter_context(set_environment(SINGLE_NODE_ENV_VARS))
+        try:
+            ray.init(address=head.address, log_to_driver=debug, logging_level=level, **options)
+        except Exception as error:
+            action = (
+                "be started on this machine" if head.starts_ray else f"join the cluster at {head.address}"
+            )
+            raise SessionError(
+                f"Ray could not {action}: {known_cause(error) or _error_line(error)}"
+            ) from error
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _error_line(error: Exception) -> str:
+    """Ray's message in one line; of a server's traceback, its last line."""
+    message, _, traceback = str(error).partition("Traceback (most recent call last):")
+    last_line = [line.strip() for line in traceback.splitlines() if line.strip()][-1:]
+    return " ".join([*message.split(), *last_line]) or type(error).__name__

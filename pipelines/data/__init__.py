@@ -1,1 +1,1 @@
-"""Photographs -> tars -> edge tars, a slice of the work a Ray task; looking at them, and repairs."""
+"""Photographs -> tars -> edge tars, one Ray task per partition or tar; also inspection and repair."""

@@ -1,1 +1,1 @@
-"""Steps that are done once, whatever dies: leases, attempts, the driver, a step's MLflow run."""
+"""Durable steps: a step runs once, whatever process dies. Leases, attempts, the workflow runner, MLflow runs of steps."""

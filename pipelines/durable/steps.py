@@ -1,252 +1,267 @@
-"""Durable steps on plain Ray tasks: kill anything, run again, and finished steps are found finished.
+"""A durable step: its id, its typed config, inputs and outputs, and the key computed from them.
 
-In the storage, a folder or a bucket, and nowhere else:
-
-    manifests/<key>.json      written once, after success: the step's value and its outputs. It makes a step finished
-    work/<key>/a<attempt>/    what an attempt writes; those of other attempts are deleted
-    work/<key>/stable/        what survives attempts: the checkpoints of a training
-    attempts/<key>/<n>.json   where and when attempt n began, how it ended, its traceback
-    leases/<key>.lock         which driver is at it now (lease.py)
-
-A step's key is a hash of its name, version, config and its inputs' keys and values, so a changed recipe runs what it
-changed and what follows from it. Only the driver that holds a step's lease writes its manifest; a stray task of a
-killed driver writes in its own attempt's folder, which nothing names. Planning and looking need no Ray.
+A step's key is a hash of its name, version and config and of its inputs' keys and outputs. So a changed recipe runs the
+changed steps and those that depend on them. Does not need Ray.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import importlib
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from pipelines.durable import lease
-from pipelines.durable.lease import StorageBusy as StorageBusy
+from data_prep.records import from_json, to_json
 
 if TYPE_CHECKING:
     from data_prep.storage import Storage
+    from pipelines.contracts import ProgressCallback
 
-Value = dict[str, Any]
-Show = Callable[[str, str, float, float, str], None]  # step, state, done, total, note
+T = TypeVar("T")
+Config = TypeVar("Config")
+Inputs = TypeVar("Inputs")
+Settings = TypeVar("Settings")
+STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]*")
 
 
 class StepFailed(RuntimeError):
-    """One line: which step failed, why, and where its traceback is kept."""
+    """A step failed. One line: the step, the reason, and where its traceback is stored."""
+
+
+@dataclass(frozen=True, order=True)
+class StepId:
+    """Identifies a step of a workflow. `subject` tells steps of one kind apart; "" if there is only one."""
+
+    kind: str
+    subject: str = ""
+
+    @property
+    def name(self) -> str:
+        """`train-edge_connect`, for people, files and MLflow. Never parsed."""
+        return f"{self.kind}-{self.subject}" if self.subject else str(self.kind)
+
+
+InputIds = Mapping[str, StepId | tuple[StepId, ...] | Mapping[Any, StepId]]
+"""Field of the inputs' dataclass -> the step whose outputs it holds; or a tuple of steps, or a mapping of them."""
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """A state change or progress report of a step.
+
+    States: cached (finished in an earlier run), running, retry, finished, failed; note for a remark of Step.check;
+    stopped for a substep. `substep`: a part of the step that is displayed beside it, such as one trial of a sweep.
+    """
+
+    id: StepId
+    state: str
+    done: float = 0
+    total: float = 0
+    note: str = ""
+    substep: str = ""
+
+    @property
+    def step(self) -> str:
+        return self.id.name
+
+    @property
+    def kind(self) -> str:
+        return self.id.kind
+
+
+OnEvent = Callable[[StepEvent], None]
+
+
+@dataclass(frozen=True)
+class NoInputs:
+    """Inputs of a step that needs no other step."""
+
+
+@dataclass(frozen=True)
+class NoOutputs:
+    """Outputs of a step that other steps do not use."""
+
+    files: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Step:
-    """A piece of work that happens once for its key.
+    """A unit of work that runs once per key. Raises ValueError in one line if the config has wrong types.
 
-    `run` is an importable function from a StepContext to a JSON-able value, whose "outputs" name what it wrote (keys
-    of the storage); a value names no other step's work folder. `outside`, "module:function", takes (value, key,
-    local) and says whether what the step did outside the storage (a model version, say) is still there.
+    `function` and `still_valid` are "module:object" and resolved where they run, so that a finished workflow loads
+    neither Ray nor torch. `function` takes a StepContext and returns `outputs_type`, a dataclass whose `files` lists the
+    files that it wrote (keys of the storage). Outputs must not name another step's work folder. `still_valid` takes
+    (outputs, key, settings) and returns whether the step's effects outside the storage, such as a model version, still
+    exist. The driver calls `check` with the outputs: it raises ValueError if later steps cannot use them, and returns a
+    remark for the user or ''.
     """
 
-    name: str
-    run: Callable[[StepContext], Value]
-    config: Mapping[str, Any]
-    needs: Sequence[str] = ()
+    id: StepId
+    function: str
+    config: Any
+    inputs: InputIds = field(default_factory=dict)
+    inputs_type: type = NoInputs
+    outputs_type: type = NoOutputs
+    settings: Any = None  # a dataclass that can be pickled; not part of the key
     version: int = 1
     retries: int = 2
-    local: Mapping[str, Any] = field(default_factory=dict)  # JSON-able, and no part of the key
-    outside: str | None = None
-    memory: str = ""  # what to say when its process was ended for its memory
+    still_valid: str = ""
+    check: Callable[[Any], str] | None = None
+    memory_hint: str = ""  # advice for the case that Ray kills its process because memory ran out
+
+    def __post_init__(self) -> None:
+        try:
+            # Sort the keys: the order of masks decides which of them are sampled.
+            data = json.loads(canonical_json(to_json(self.config)))
+            config = from_json(type(self.config), data, f"step {self.name}, config")
+        except ValueError as error:  # includes pydantic's errors for values that JSON cannot hold
+            text = " ".join(str(error).split())
+            raise ValueError(
+                text if text.startswith("step ") else f"step {self.name}, config: {text}"
+            ) from None
+        object.__setattr__(self, "config", config)
+
+    @property
+    def name(self) -> str:
+        return self.id.name
+
+    @property
+    def needs(self) -> tuple[StepId, ...]:
+        """The steps whose outputs this step takes."""
+        return tuple(self._input_ids())
+
+    @property
+    def config_json(self) -> dict[str, Any]:
+        config: dict[str, Any] = to_json(self.config)
+        return config
+
+    def map_inputs(self, convert: Callable[[StepId], T]) -> dict[str, Any]:
+        """The inputs with every step id converted: field -> one value, a list, or a dict by subject."""
+        values: dict[str, Any] = {}
+        for name, ids in self.inputs.items():
+            if isinstance(ids, StepId):
+                values[name] = convert(ids)
+            elif isinstance(ids, Mapping):
+                values[name] = {str(subject): convert(id) for subject, id in ids.items()}
+            else:
+                values[name] = [convert(id) for id in ids]
+        return values
+
+    def read_inputs(self, manifests: Mapping[StepId, StepManifest]) -> Any:
+        """The inputs, decoded from the manifests of the steps in `needs`."""
+        values = self.map_inputs(lambda id: manifests[id].value)
+        return from_json(self.inputs_type, values, f"step {self.name}, inputs")
+
+    def read_outputs(self, value: Mapping[str, Any]) -> Any:
+        return from_json(self.outputs_type, value, f"step {self.name}, outputs")
+
+    def _input_ids(self) -> Iterator[StepId]:
+        for ids in self.inputs.values():
+            if isinstance(ids, StepId):
+                yield ids
+            else:
+                yield from ids.values() if isinstance(ids, Mapping) else ids
+
+    def input_error(self) -> str:
+        """Why the inputs do not match the fields of `inputs_type`; '' if they do."""
+        if not dataclasses.is_dataclass(self.inputs_type):
+            return ""
+        fields = {f.name: f for f in dataclasses.fields(self.inputs_type)}
+        if unknown := [name for name in self.inputs if name not in fields]:
+            return f"{self.inputs_type.__name__} has no field {unknown[0]!r}"
+        missing = [
+            name
+            for name, f in fields.items()
+            if name not in self.inputs
+            and f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+        ]
+        return f"its input {missing[0]!r} is missing" if missing else ""
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file that a step wrote: its key in the storage and its size."""
+
+    key: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class StepManifest:
+    """manifests/<key>.json. A step is finished when its manifest exists."""
+
+    step: str
+    key: str
+    version: int
+    config: dict[str, Any]
+    inputs: dict[str, str]
+    """Name of each step that it needed -> that step's key."""
+    value: dict[str, Any]
+    """The step's outputs as JSON."""
+    outputs: tuple[OutputFile, ...]
+    started: str
+    seconds: float
+    attempt: int
+    host: str = ""
 
 
 @dataclass
-class StepContext:
-    """What a step is told: `work` is this attempt's folder in the storage, `stable` the one of all attempts."""
+class StepContext(Generic[Config, Inputs, Settings]):
+    """The argument of a step's function. `attempt_folder`: this attempt's folder in the storage; `persistent_folder`:
+    one for all attempts of the step."""
 
+    id: StepId
     key: str
-    name: str
     attempt: int
-    config: Value
-    local: Value
+    config: Config
+    inputs: Inputs
+    settings: Settings
     storage: Storage
-    manifests: dict[str, Value]  # of the steps that it needs
-    work: str
-    stable: str
-    progress: Callable[..., None]  # (done, total, note="")
+    attempt_folder: str
+    persistent_folder: str
+    progress: ProgressCallback
+    input_manifests: Mapping[StepId, StepManifest] = field(default_factory=dict)
+    """Manifests of the steps that it needs, for a step that runs a workflow of its own on their outputs."""
 
     @property
-    def inputs(self) -> dict[str, Value]:
-        """The values of the steps that it needs."""
-        return {name: manifest["value"] for name, manifest in self.manifests.items()}
+    def name(self) -> str:
+        return self.id.name
 
 
-@dataclass(frozen=True)
-class StepStatus:
-    name: str
-    key: str | None  # None: not known before the steps that it needs are finished
-    state: str  # finished, running, to run, waiting
-    why: str = ""
-    seconds: float | None = None
-    attempts: int = 0
-    errors: tuple[str, ...] = ()  # of the attempts that ended badly, oldest first
-
-    @property
-    def error(self) -> str:
-        """Why the last attempt failed; '' when it did not."""
-        return self.errors[-1] if self.errors and self.state != "finished" else ""
+def attempt_folder(key: str, attempt: int) -> str:
+    """The folder of one attempt of the step with this key."""
+    return f"work/{key}/a{attempt}"
 
 
-def canonical(value: Any) -> str:
-    """JSON that is the same for equal values."""
+def persistent_folder(key: str) -> str:
+    """The folder that all attempts of the step with this key share."""
+    return f"work/{key}/stable"
+
+
+def canonical_json(value: Any) -> str:
+    """The value as JSON; equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-def step_key(step: Step, inputs: Mapping[str, Value]) -> str:
-    """sha256 over all that a step's result depends on, given its inputs' manifests; the name is for readers.
+def step_key(step: Step, inputs: Mapping[StepId, StepManifest]) -> str:
+    """A sha256 of everything that the step's outputs depend on, given its inputs' manifests, and the step's name.
 
-    The attempt that an input's work folder is of does not count: doing lost work again changes no key.
-    """
-    told = {}
-    for name, manifest in inputs.items():
-        folder = f"work/{manifest['key']}"
-        told[name] = [
-            manifest["key"],
-            re.sub(rf"{re.escape(folder)}/a\d+", folder, canonical(manifest["value"])),
-        ]
-    told_all = {"name": step.name, "version": step.version, "config": step.config, "inputs": told}
-    return f"{hashlib.sha256(canonical(told_all).encode()).hexdigest()[:16]}-{step.name}"
-
-
-@dataclass(frozen=True)
-class Workflow:
-    """Steps over a storage, each after those that it needs. Raises ValueError in one line when they make no chain.
-
-    `given` are manifests of steps that are finished already, by name: a part of another workflow can be gone on from.
+    Attempt numbers in the paths of inputs do not count: to repeat lost work changes no key.
     """
 
-    name: str
-    steps: Sequence[Step]
-    storage: Storage
-    given: Mapping[str, Value] = field(default_factory=dict)
+    def describe_input(id: StepId) -> list[str]:
+        manifest = inputs[id]
+        folder = f"work/{manifest.key}"
+        return [manifest.key, re.sub(rf"{re.escape(folder)}/a\d+", folder, canonical_json(manifest.value))]
 
-    def __post_init__(self) -> None:
-        known: set[str] = set(self.given)
-        for step in self.steps:
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+=-]*", step.name) or step.name in known:
-                raise ValueError(f"step {step.name!r}: names are unique, of letters, digits and ._+=-")
-            if missing := [name for name in step.needs if name not in known]:
-                raise ValueError(f"step {step.name!r} needs {missing[0]!r}, which is no step before it")
-            try:
-                canonical([step.config, step.local])
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"step {step.name!r}: its config is no JSON: {error}") from error
-            known.add(step.name)
-
-    def hold(self, tell: Callable[[str], None] = lambda text: None) -> lease.Lease:
-        """The lease on the whole workflow; StorageBusy when another driver has it. Tells when it has to wait for it."""
-        return lease.outwait(self.storage, f"run-{self.name}", tell)
-
-    def run(self, progress: Show = lambda *_: None, held: lease.Lease | None = None) -> dict[str, Value]:
-        """Do what is not done yet; every step's value. Ray is initialised by the caller.
-
-        `progress` is called with (step, state, done, total, note), states: cached (found finished), running, retry,
-        finished, failed. Raises StepFailed when nothing independent of the failed step is left to do, StorageBusy
-        when another driver is at work on this workflow (unless the caller already `held` it) or on one of its steps.
-        """
-        from pipelines.durable.driver import Driver  # imports Ray
-
-        with held or self.hold():
-            return Driver(self, progress).drive()
-
-    def finished(self) -> dict[str, Value] | None:
-        """Every step's value when all are finished and their outputs there; None otherwise."""
-        values = {}
-        for step, _, manifest, _ in self._survey():
-            if manifest is None:
-                return None
-            values[step.name] = manifest["value"]
-        return values
-
-    def keys(self) -> dict[str, str]:
-        """The keys known so far."""
-        return {step.name: key for step, key, _, _ in self._survey() if key}
-
-    def plan(self) -> list[StepStatus]:
-        """What `run` would do and why, and how earlier attempts ended: from the storage alone."""
-        return [self._status(*found) for found in self._survey()]
-
-    status = plan
-
-    def inspect(self, step: Step, key: str) -> tuple[Value | None, str]:
-        """The manifest that makes the step finished; or None and what is wrong with it, '' when there is none."""
-        try:
-            manifest = json.loads(self.storage.read(f"manifests/{key}.json"))
-        except FileNotFoundError:
-            return None, ""
-        except ValueError:
-            return None, "its manifest is unreadable"
-        expected = {output["key"]: output["bytes"] for output in manifest["outputs"]}
-        for name, size in self.sizes(key, expected).items():
-            if size != expected[name]:
-                is_now = "is missing" if size is None else f"has {size} bytes instead of {expected[name]}"
-                return None, f"output {name} {is_now}"
-        if step.outside:
-            module, _, function = step.outside.partition(":")
-            still_there = getattr(importlib.import_module(module), function)
-            if not still_there(manifest["value"], key, dict(step.local)):
-                return None, f"what it did outside the storage is gone ({function})"
-        return manifest, ""
-
-    def sizes(self, key: str, outputs: Iterable[str]) -> dict[str, int | None]:
-        """The bytes of a step's outputs, None for a missing one."""
-        there = dict(self.storage.list(f"work/{key}"))  # one request in a bucket, however many outputs
-        return {name: there[name] if name in there else self.storage.size(name) for name in outputs}
-
-    def attempts(self, key: str) -> list[Value]:
-        """The records of a step's attempts, oldest first."""
-        names = [name for name, _ in self.storage.list(f"attempts/{key}")]
-        records = [json.loads(self.storage.read(name)) for name in names]
-        return sorted(records, key=lambda record: record["attempt"])
-
-    def _survey(self) -> Iterator[tuple[Step, str | None, Value | None, str]]:
-        """Each step with its key once its inputs are known, and its manifest or the reason why it has none."""
-        done: dict[str, Value] = dict(self.given)
-        for step in self.steps:
-            if missing := [name for name in step.needs if name not in done]:
-                yield step, None, None, f"after {', '.join(missing)}"
-                continue
-            key = step_key(step, {name: done[name] for name in step.needs})
-            manifest, why = self.inspect(step, key)
-            if manifest:
-                done[step.name] = manifest
-            yield step, key, manifest, why
-
-    def _status(self, step: Step, key: str | None, manifest: Value | None, why: str) -> StepStatus:
-        if key is None:
-            return StepStatus(step.name, None, "waiting", why)
-        records = self.attempts(key)
-        if manifest is None and (by := lease.holder(self.storage, key)) is not None:
-            state, why = "running", f"process {by.get('pid')} on {by.get('host')} since {by.get('since')}"
-        else:
-            state = "finished" if manifest else "to run"
-        over = records[:-1] if state == "running" else records
-        good = manifest["attempt"] if manifest else 0  # its driver may have died before it noted the success
-        errors = tuple(
-            f"attempt {r['attempt']}: {r['error']}" for r in over if r["error"] and r["attempt"] != good
-        )
-        if state == "to run" and not why:
-            why = errors[-1] if errors else self._changes(step, key)
-        seconds = manifest["seconds"] if manifest else None
-        return StepStatus(step.name, key, state, why, seconds, len(records), errors)
-
-    def _changes(self, step: Step, key: str) -> str:
-        """Why a step without any attempt runs: it is new, or something is not as when it last ran."""
-        name = re.compile(rf"manifests/[0-9a-f]{{16}}-{re.escape(step.name)}\.json")
-        found = [
-            self.storage.read(other) for other, _ in self.storage.list("manifests") if name.fullmatch(other)
-        ]
-        if not found:
-            return "never ran"
-        last = max((json.loads(text) for text in found), key=lambda manifest: manifest["started"])
-        now = json.loads(canonical(step.config))
-        changed = [n for n in {**now, **last["config"]} if now.get(n) != last["config"].get(n)]
-        changed += ["version"] if last["version"] != step.version else []
-        return f"changed since {last['started']}: {', '.join(sorted(changed)) or 'what it needs'}"
+    hashed = {
+        "name": step.name,
+        "version": step.version,
+        "config": step.config_json,
+        "inputs": step.map_inputs(describe_input),
+    }
+    return f"{hashlib.sha256(canonical_json(hashed).encode()).hexdigest()[:16]}-{step.name}"

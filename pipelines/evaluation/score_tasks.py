@@ -1,4 +1,4 @@
-"""Slices of an evaluation given to Ray tasks, where there are enough of them."""
+"""Scores the batches of a large evaluation in Ray tasks."""
 
 from __future__ import annotations
 
@@ -13,82 +13,89 @@ import ray
 import torch
 
 from data_prep.storage import Storage
-from pipelines.data.fanout import run_tasks
-from pipelines.evaluation.completers import completer
-from pipelines.evaluation.evaluate import SCORED, Progress, in_turn
-from pipelines.evaluation.slices import Completer, Slice, SliceScores, Terms, score_slice
-from pipelines.training.weights import load_weights, local_folder
+from pipelines.contracts import ProgressCallback
+from pipelines.evaluation.batches import BatchScores, EvalBatch, ScoringConfig, score_batch
+from pipelines.evaluation.evaluate import SCORED_NOTE, run_sequentially
+from pipelines.evaluation.methods import InpaintingMethod
+from pipelines.evaluation.model_methods import model_method
+from pipelines.ray_tasks import run_tasks
+from pipelines.weights import as_local_folder, load_weights
 
-START = 4.0  # seconds until new processes have imported torch and loaded the models: 3 s, and some doubt
+STARTUP_SECONDS = 4.0  # for a new process to import torch and load the models: 3 s measured, plus a margin
 
 
 @dataclass(frozen=True)
-class StoredModel:
-    """A trained model that can travel: where its weights are."""
+class CheckpointRef:
+    """A reference to a trained model that can be sent to a task: where its weights are."""
 
     storage: Storage
     weights: str
 
-    def load(self) -> Completer:
-        """Raises what `load_weights` raises, and StorageError."""
-        with local_folder(self.storage, self.weights) as folder:
-            return completer(*load_weights(folder))
+    def load(self) -> InpaintingMethod:
+        """Raises the errors of `load_weights`, and StorageError."""
+        with as_local_folder(self.storage, self.weights) as folder:
+            return model_method(*load_weights(folder))
 
 
-Methods = tuple[tuple[str, Completer | StoredModel], ...]
-"""(name, a classical method or a stored model); hashable and plain data."""
+MethodSpecs = tuple[tuple[str, InpaintingMethod | CheckpointRef], ...]
+"""(name, classical method or reference to a model); hashable, plain data."""
 
 
 @functools.lru_cache(maxsize=1)
-def opened(methods: Methods) -> dict[str, Completer]:
-    """The methods with their models loaded: once a process, which scores many slices with them."""
-    return {name: method.load() if isinstance(method, StoredModel) else method for name, method in methods}
+def load_methods(specs: MethodSpecs) -> dict[str, InpaintingMethod]:
+    """The methods with their models loaded. Cached: a process scores many batches with them."""
+    return {name: method.load() if isinstance(method, CheckpointRef) else method for name, method in specs}
 
 
 @dataclass(frozen=True)
-class OverTasks:
-    """The slices of an evaluation of `methods` over the cluster: to the bit what `in_turn` makes of them.
+class RayBatchRunner:
+    """Scores batches in Ray tasks if that saves time; the result has the same bits as that of `run_sequentially`.
 
-    The first slice is scored in this process, and tells how long the others take. They follow it here unless as many
-    at a time as the cluster has CPUs are done earlier by more than `start` seconds, in which tasks' processes start.
+    Times the first batch in this process. Uses Ray tasks for the rest only if that saves more than `startup_seconds`.
     """
 
-    methods: Methods
-    start: float = START
+    specs: MethodSpecs
+    startup_seconds: float = STARTUP_SECONDS
 
     def __call__(
-        self, completers: Mapping[str, Completer], pieces: Sequence[Slice], terms: Terms, progress: Progress
-    ) -> list[SliceScores]:
-        first, *sizes = [len(piece.images) for piece in pieces]
-        with one_thread():
-            here, began = in_turn(completers, pieces, terms, progress), time.monotonic()
-            parts = [next(here)]
-            if not self._pays(time.monotonic() - began, len(sizes)):
-                return [*parts, *here]
-        shared, rest = (self.methods, terms), pieces[1:]
-        found = dict(run_tasks(_score, shared, rest, sizes, progress, SCORED, first + sum(sizes)))
-        return [*parts, *(found[number] for number in range(len(rest)))]
+        self,
+        methods: Mapping[str, InpaintingMethod],
+        batches: Sequence[EvalBatch],
+        config: ScoringConfig,
+        progress: ProgressCallback,
+    ) -> list[BatchScores]:
+        first, *sizes = [len(batch.images) for batch in batches]
+        with single_threaded():
+            results, start = run_sequentially(methods, batches, config, progress), time.monotonic()
+            scored = [next(results)]
+            if not self._saves_time(time.monotonic() - start, len(sizes)):
+                return [*scored, *results]
+        shared, remaining = (self.specs, config), batches[1:]
+        by_number = dict(
+            run_tasks(_score_task, shared, remaining, sizes, progress, SCORED_NOTE, first + sum(sizes))
+        )
+        return [*scored, *(by_number[number] for number in range(len(remaining)))]
 
-    def _pays(self, seconds: float, count: int) -> bool:
-        """Whether tasks are worth it for `count` slices of so many seconds each.
+    def _saves_time(self, seconds: float, count: int) -> bool:
+        """Whether tasks save more time than they need to start, for `count` batches of `seconds` each.
 
-        A cluster without any CPU is one that grows when tasks wait.
+        A cluster without CPUs is taken for one that grows when tasks wait.
         """
-        at_once = int(ray.cluster_resources().get("CPU", 0)) or count
-        rounds = math.ceil(count / max(at_once, 1))
-        return seconds * (count - rounds) > self.start
+        parallel = int(ray.cluster_resources().get("CPU", 0)) or count
+        rounds = math.ceil(count / max(parallel, 1))
+        return seconds * (count - rounds) > self.startup_seconds
 
 
 @ray.remote(num_cpus=1)
-def _score(shared: tuple[Methods, Terms], piece: Slice) -> SliceScores:
-    methods, terms = shared
-    with one_thread():
-        return score_slice(opened(methods), piece, terms)
+def _score_task(shared: tuple[MethodSpecs, ScoringConfig], batch: EvalBatch) -> BatchScores:
+    specs, config = shared
+    with single_threaded():
+        return score_batch(load_methods(specs), batch, config)
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch on one thread, wherever slices are scored: the order of its sums, and so their last bits, depends on it."""
+def single_threaded() -> Iterator[None]:
+    """Run torch on one thread, so that every process sums in the same order and gets the same last bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

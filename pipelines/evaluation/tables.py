@@ -1,4 +1,4 @@
-"""The table of an evaluation: for a terminal, for Markdown, and as cells for the report."""
+"""The tables of an evaluation: as text, as Markdown, and as cells for the HTML report."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipelines.evaluation.metrics import BANDS, higher_is_better
-from pipelines.evaluation.scores import Evaluation, Row, masks_title
+from data_prep.masks import HOLE_AREA_BANDS
+from pipelines.evaluation.metrics import higher_is_better
+from pipelines.evaluation.results import EvaluationResult, MethodSummary, masks_title
 
-COLUMNS = (  # heading, metric, decimals
+METRIC_COLUMNS = (  # heading, metric, decimals
     ("PSNR hole", "psnr_rgb_hole", 2),
     ("PSNR", "psnr_rgb", 2),
     ("SSIM", "ssim_gauss11_rgb", 4),
@@ -18,9 +19,9 @@ COLUMNS = (  # heading, metric, decimals
     ("l2 %", "l2_percent", 3),
     ("TV %", "tv_percent", 2),
 )
-BAND_COLUMN = COLUMNS[0]
-NAME_WIDTH = 30
-TEXT_WIDTH = 100
+BAND_COLUMN = METRIC_COLUMNS[0]
+MAX_NAME_CHARS = 30
+MAX_LINE_CHARS = 100
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """One kind of masks: headings (without the methods' own), method -> cells, a caption and notes in full sentences."""
+    """The table of one mask set: headings (without that of the methods), (method, cells), caption, notes in sentences."""
 
     title: str
     headings: tuple[str, ...]
@@ -40,21 +41,21 @@ class Table:
     notes: tuple[str, ...]
 
 
-def tables(evaluation: Evaluation) -> list[Table]:
-    """The main table of each kind of masks: the whole picture and the hole, and the Frechet distance."""
-    found = []
+def main_tables(evaluation: EvaluationResult) -> list[Table]:
+    """The main table of each mask set: scores of the whole image and of the hole, and the Frechet distance."""
+    tables = []
     for masks in evaluation.bands:
         rows = [evaluation.row(method, masks) for method in evaluation.methods]
         columns = [
-            _cells([row.metrics.get(metric) for row in rows], metric, decimals)
-            for _, metric, decimals in COLUMNS
+            _format_column([row.metrics.get(metric) for row in rows], metric, decimals)
+            for _, metric, decimals in METRIC_COLUMNS
         ]
-        headings = [heading for heading, *_ in COLUMNS]
+        headings = [heading for heading, *_ in METRIC_COLUMNS]
         distances = evaluation.distances.get(masks, {})
         if distances:
-            columns.append(_cells([distances[m].get("fd") for m in evaluation.methods], "fd", 2))
+            columns.append(_format_column([distances[m].get("fd") for m in evaluation.methods], "fd", 2))
             headings.append("FD")
-        found.append(
+        tables.append(
             Table(
                 masks_title(masks),
                 tuple(headings),
@@ -63,63 +64,65 @@ def tables(evaluation: Evaluation) -> list[Table]:
                 _notes(evaluation, masks, rows),
             )
         )
-    return found
+    return tables
 
 
-def band_tables(evaluation: Evaluation) -> list[Table]:
-    """PSNR inside the hole by hole area, for masks that fall in more than one band."""
+def band_tables(evaluation: EvaluationResult) -> list[Table]:
+    """PSNR inside the hole by hole area, for mask sets with more than one hole-area band."""
     heading, metric, decimals = BAND_COLUMN
-    found = []
+    tables = []
     for masks, bands in evaluation.bands.items():
-        present = [band for band in BANDS if band in bands]
-        if len(present) > 1:
+        bands_present = [band for band in HOLE_AREA_BANDS if band in bands]
+        if len(bands_present) > 1:
             columns = [
-                _cells(
+                _format_column(
                     [evaluation.row(m, masks, band).metrics.get(metric) for m in evaluation.methods],
                     metric,
                     decimals,
                 )
-                for band in present
+                for band in bands_present
             ]
             lines = tuple(
                 (m, tuple(column[i] for column in columns)) for i, m in enumerate(evaluation.methods)
             )
-            counts = ", ".join(f"{bands.count(band)} of {band} %" for band in present)
+            counts = ", ".join(f"{bands.count(band)} of {band} %" for band in bands_present)
             caption = f"{heading} by hole area · {masks_title(masks)} · photographs: {counts}"
-            found.append(
-                Table(masks_title(masks), tuple(f"{band} %" for band in present), lines, caption, ())
+            tables.append(
+                Table(masks_title(masks), tuple(f"{band} %" for band in bands_present), lines, caption, ())
             )
-    return found
+    return tables
 
 
-def table_text(evaluation: Evaluation) -> str:
-    """The tables for a terminal of 100 columns; the best figure of a column carries a star."""
-    return "\n\n".join(_text(table) for table in [*tables(evaluation), *band_tables(evaluation)])
+def table_text(evaluation: EvaluationResult) -> str:
+    """The tables for a terminal of 100 columns; a star marks the best value of a column."""
+    return "\n\n".join(_table_text(table) for table in [*main_tables(evaluation), *band_tables(evaluation)])
 
 
-def table_markdown(evaluation: Evaluation) -> str:
-    """The tables in Markdown, figures to the right and the best ones bold."""
-    return "\n\n".join(_markdown(table) for table in [*tables(evaluation), *band_tables(evaluation)])
+def table_markdown(evaluation: EvaluationResult) -> str:
+    """The tables in Markdown, values right-aligned and the best ones bold."""
+    return "\n\n".join(
+        _table_markdown(table) for table in [*main_tables(evaluation), *band_tables(evaluation)]
+    )
 
 
-def _cells(values: Sequence[float | None], metric: str, decimals: int) -> list[Cell]:
-    """Cells of one column; those that print like its best value are best, unless all do.
+def _format_column(values: Sequence[float | None], metric: str, decimals: int) -> list[Cell]:
+    """The cells of one column. Cells that print the same as the best value are marked, unless all cells do.
 
-    There is no best total variation: a smooth fill has less than the photograph.
+    Total variation has no best value: a smooth fill has less than the photograph.
     """
-    texts = ["n/a" if value is None else _figure(value, decimals) for value in values]
-    known = [value for value in values if value is not None]
-    if not known or len(set(texts)) == 1 or metric.startswith("tv"):
+    texts = ["n/a" if value is None else _format_value(value, decimals) for value in values]
+    available = [value for value in values if value is not None]
+    if not available or len(set(texts)) == 1 or metric.startswith("tv"):
         return [Cell(text) for text in texts]
-    best = _figure(max(known) if higher_is_better(metric) else min(known), decimals)
+    best = _format_value(max(available) if higher_is_better(metric) else min(available), decimals)
     return [Cell(text, text == best) for text in texts]
 
 
-def _figure(value: float, decimals: int) -> str:
+def _format_value(value: float, decimals: int) -> str:
     return "exact" if math.isinf(value) else f"{value:.{decimals}f}"
 
 
-def _caption(evaluation: Evaluation, masks: str) -> str:
+def _caption(evaluation: EvaluationResult, masks: str) -> str:
     parts = [masks_title(masks), f"{len(evaluation.photos)} photographs"]
     if "tv_percent" in evaluation.truth:
         parts.append(f"TV of the photographs {evaluation.truth['tv_percent']:.2f} %")
@@ -128,12 +131,12 @@ def _caption(evaluation: Evaluation, masks: str) -> str:
     return " · ".join(parts)
 
 
-def _notes(evaluation: Evaluation, masks: str, rows: Sequence[Row]) -> tuple[str, ...]:
-    notes: dict[str, None] = {}  # a set that keeps its order
-    for name in evaluation.protocol.get("true_edges", ()):
-        notes[f"{name} paints over the true edges of the whole photograph, the hole's too: no completion"] = (
-            None
-        )
+def _notes(evaluation: EvaluationResult, masks: str, rows: Sequence[MethodSummary]) -> tuple[str, ...]:
+    notes: dict[str, None] = {}  # an ordered set
+    for name in evaluation.protocol.true_edges:
+        notes[
+            f"{name} gets the true edges of the whole photograph, also those in the hole: this is not inpainting"
+        ] = None
     for row in rows:
         if row.failed:
             notes[
@@ -145,43 +148,43 @@ def _notes(evaluation: Evaluation, masks: str, rows: Sequence[Row]) -> tuple[str
                 f"{row.method}: {count} exact results, whose PSNR is infinite, are left out of its mean PSNR"
             ] = None
         if row.metrics.get("l1_percent_known", 0) > 0:
-            notes[f"{row.method} changed known pixels: l1 {row.metrics['l1_percent_known']:.3f} % there"] = (
-                None
-            )
+            known_l1 = row.metrics["l1_percent_known"]
+            notes[f"{row.method} changed known pixels: l1 {known_l1:.3f} % there"] = None
     complete = {row.method for row in rows if not row.failed}
-    reasons = {
-        m: e["reason"]
-        for m, e in evaluation.distances.get(masks, {}).items()
-        if "reason" in e and m in complete
-    }
-    notes.update({f"FD is n/a: {reason}": None for reason in reasons.values()})
+    for method, distance in evaluation.distances.get(masks, {}).items():
+        if "reason" in distance and method in complete:
+            notes[f"FD is n/a: {distance['reason']}"] = None
     return tuple(notes)
 
 
-def _text(table: Table) -> str:
-    names = [_short(name) for name, _ in table.lines]
-    first = max(map(len, [*names, "method"]))
+def _table_text(table: Table) -> str:
+    names = [_truncate(name) for name, _ in table.lines]
+    name_width = max(map(len, [*names, "method"]))
     widths = [
         max(len(heading), *(len(cells[i].text) for _, cells in table.lines)) + 1
         for i, heading in enumerate(table.headings)
     ]
-    head = "method".ljust(first) + "".join(f"  {h.rjust(w - 1)} " for h, w in zip(table.headings, widths))
+    header = "method".ljust(name_width) + "".join(
+        f"  {h.rjust(w - 1)} " for h, w in zip(table.headings, widths)
+    )
     lines = [
-        name.ljust(first)
+        name.ljust(name_width)
         + "".join(f"  {c.text.rjust(w - 1)}{'*' if c.best else ' '}" for c, w in zip(cells, widths))
         for name, (_, cells) in zip(names, table.lines)
     ]
-    body = [head, "-" * len(head.rstrip()), *lines]
-    caption = textwrap.wrap(table.caption, TEXT_WIDTH)
-    notes = [line for note in table.notes for line in textwrap.wrap(note, TEXT_WIDTH, subsequent_indent="  ")]
+    body = [header, "-" * len(header.rstrip()), *lines]
+    caption = textwrap.wrap(table.caption, MAX_LINE_CHARS)
+    notes = [
+        line for note in table.notes for line in textwrap.wrap(note, MAX_LINE_CHARS, subsequent_indent="  ")
+    ]
     return "\n".join(line.rstrip() for line in [*caption, "", *body, *notes])
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= NAME_WIDTH else name[: NAME_WIDTH - 1] + "…"
+def _truncate(name: str) -> str:
+    return name if len(name) <= MAX_NAME_CHARS else name[: MAX_NAME_CHARS - 1] + "…"
 
 
-def _markdown(table: Table) -> str:
+def _table_markdown(table: Table) -> str:
     def escaped(text: str) -> str:
         return text.replace("|", "\\|")
 

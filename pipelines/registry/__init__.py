@@ -1,44 +1,36 @@
-"""The MLflow registry of models: looked up, searched, promoted, taken back, loaded.
+"""The MLflow model registry: list, search, promote, roll back and load models.
 
     from pipelines import registry
     model = registry.load_model("models:/edge_connect@champion")
     frame = registry.search("edge_connect", where=["psnr > 18"])
 
-What had an alias when, and why, is a history in tags of the registered model (aliases.py).
+The history of each alias is stored in tags of the registered model (aliases.py). Functions that need torch or a
+version's files import them when they are called: look-ups stay fast.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlflow.entities.model_registry import ModelVersion
-
-from pipelines.registry import aliases
-from pipelines.registry.aliases import Move, Overtaken, Place
+from pipelines.registry.aliases import ConcurrentPromotion, alias_state, history, promote, rollback
+from pipelines.registry.client import RegistryError, delete, list_models
+from pipelines.registry.loaded_model import LoadedModel
 from pipelines.registry.searching import best, search
-from pipelines.registry.versions import (
-    CANDIDATE,
-    CHAMPION,
-    RegistryError,
-    connected,
-    find_model,
-    find_version,
-    pages,
-    versions_of,
-    when,
-)
 
 if TYPE_CHECKING:
-    from pipelines.filling.loading import LoadedModel, load_model
-    from pipelines.registry.exporting import register
-    from pipelines.registry.showing import show
+    import numpy as np
+
+    from models.base import Model
+    from pipelines.registry.describe import ModelDetails, VersionDetails
 
 __all__ = [
+    "ConcurrentPromotion",
     "LoadedModel",
     "Overtaken",
     "RegistryError",
+    "alias_state",
     "best",
     "delete",
     "history",
@@ -52,116 +44,56 @@ __all__ = [
     "show",
 ]
 
-LATER = {  # these need torch, or files of a version: imported when they are wanted, as looking up shall be quick
-    "LoadedModel": "filling.loading",
-    "load_model": "filling.loading",
-    "register": "registry.exporting",
-    "show": "registry.showing",
-}
+Overtaken, place = ConcurrentPromotion, alias_state  # their names in release 0.1.0
 
 
-def __getattr__(name: str) -> Any:
-    if name in LATER:
-        return getattr(importlib.import_module(f"pipelines.{LATER[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def load_model(uri: str | Path, *, tracking_uri: str | None = None, device: str = "cpu") -> LoadedModel:
+    """Load models:/NAME@ALIAS, models:/NAME/VERSION, or a checkpoint folder (model.safetensors and model.json).
+
+    Loading unpickles nothing and runs no code that comes with a model. RegistryError: no such name, alias or version
+    (the message lists the existing ones), a server that does not answer, a damaged checkpoint, a malformed URI.
+    """
+    from pipelines.registry import load
+
+    return load.load_model(uri, tracking_uri=tracking_uri, device=device)
 
 
-def place(name: str, alias: str = CHAMPION, tracking_uri: str | None = None) -> Place:
-    """Where an alias is; given to `promote`, the promotion counts only while it is still there."""
-    with connected(tracking_uri) as client:
-        return aliases.place(client, name, alias)
-
-
-def promote(
-    name: str,
-    version: str,
-    alias: str = CHAMPION,
+def register(
+    model: Model,
     *,
-    reason: str = "by hand",
-    score: float | None = None,
-    comparison: Mapping[str, Any] | None = None,
-    forced: bool = False,
-    expected: Place | None = None,
+    name: str,
+    run_id: str,
+    step_key: str,
+    tags: Mapping[str, str] | None = None,
+    metrics: Mapping[str, float] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    example: np.ndarray | None = None,
     tracking_uri: str | None = None,
-) -> str | None:
-    """Set `alias` on `version`, recorded with who, when and why; returns the version that had it before, or None.
-
-    Compares nothing: that is `promoting.promote`. Repeated, it adds nothing. RegistryError: no such version, no
-    permission. Overtaken: the alias is no longer where it was `expected`, or somebody else moved it in this moment.
-    """
-    with connected(tracking_uri) as client:
-        found = find_version(client, f"models:/{name}/{version}")
-        now = aliases.place(client, name, alias)
-        if expected is not None and now != expected:
-            since = now.moves[len(expected.moves) :]
-            if since and since[-1]["to"] != version:
-                raise aliases.overtaken(name, version, since[-1])
-            if not since:
-                raise Overtaken(
-                    f"{alias} of {name} was moved from version {expected.holder} to {now.holder} meanwhile, not by inpaint: "
-                    "try again"
-                )
-        number = str(found.version)
-        if now.holder == number:
-            return number
-        more = {"reason": reason, "score": score, "comparison": comparison, "forced": forced}
-        kept = {key: value for key, value in more.items() if value or key in ("reason", "score")}
-        aliases.move(client, name, alias, "promote", number, now, **kept)
-        return now.holder
-
-
-def rollback(
-    name: str, alias: str = CHAMPION, *, reason: str = "by hand", tracking_uri: str | None = None
 ) -> str:
-    """Set `alias` back on the version that had it before, by the recorded history; returns that version.
+    """Register the model once per `step_key` and set the alias `candidate` on it; returns the version.
 
-    A second rollback goes one further back. RegistryError: there is none, or it was deleted.
+    Arguments and errors: see registration.register.
     """
-    with connected(tracking_uri) as client:
-        now = aliases.place(client, name, alias)
-        if now.holder is None or len(now.held) < 2:
-            raise RegistryError(
-                f"{name} has no earlier {alias} on record to go back to: see inpaint models history {name}"
-            )
-        before = now.held[-2]
-        find_version(client, f"models:/{name}/{before}")
-        aliases.move(client, name, alias, "rollback", before, now, reason=reason, score=None)
-        return before
+    from pipelines.registry import registration
+
+    return registration.register(
+        model,
+        name=name,
+        run_id=run_id,
+        step_key=step_key,
+        tags=tags,
+        metrics=metrics,
+        metadata=metadata,
+        example=example,
+        tracking_uri=tracking_uri,
+    )
 
 
-def delete(name: str, version: str, tracking_uri: str | None = None) -> None:
-    """Remove a version from the registry; its files stay with its run. RegistryError: none such, or it has an alias."""
-    with connected(tracking_uri) as client:
-        find_version(client, f"models:/{name}/{version}")
-        held = [alias for alias, holder in find_model(client, name).aliases.items() if str(holder) == version]
-        if held:
-            raise RegistryError(
-                f"{name} version {version} is {' and '.join(sorted(held))}: give the alias to another version first"
-            )
-        client.delete_model_version(name, version)
+def show(uri: str, tracking_uri: str | None = None) -> VersionDetails | ModelDetails:
+    """Details of a version (models:/NAME@ALIAS, models:/NAME/VERSION), or of a model and all its versions (NAME).
 
+    RegistryError: no such model, alias or version.
+    """
+    from pipelines.registry import describe
 
-def history(name: str, tracking_uri: str | None = None) -> list[Move]:
-    """Every move of an alias, oldest first: alias, action, to, from, when, who, reason, score, and how it compared."""
-    with connected(tracking_uri) as client:
-        return aliases.every_move(find_model(client, name).tags)
-
-
-def list_models(tracking_uri: str | None = None) -> list[dict[str, Any]]:
-    """One row a registered model: name, model, versions, champion, candidate, updated."""
-    with connected(tracking_uri) as client:
-        models = pages(client.search_registered_models)
-        versions: dict[str, list[ModelVersion]] = {model.name: [] for model in models}
-        for version in versions_of(client):
-            versions.setdefault(version.name, []).append(version)
-        return [
-            {
-                "name": model.name,
-                "model": versions[model.name][-1].tags.get("model", "") if versions[model.name] else "",
-                "versions": len(versions[model.name]),
-                "champion": model.aliases.get(CHAMPION) and str(model.aliases[CHAMPION]),
-                "candidate": model.aliases.get(CANDIDATE) and str(model.aliases[CANDIDATE]),
-                "updated": when(model.last_updated_timestamp),
-            }
-            for model in models
-        ]
+    return describe.show(uri, tracking_uri)

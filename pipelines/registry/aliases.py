@@ -1,13 +1,13 @@
-"""Moves of an alias and their history, on which all agree who move it at the same moment.
+"""Alias moves and their history, with agreement between concurrent writers.
 
-MLflow sets an alias unconditionally: of two people who promote at once, each would believe to have won. So moves are
-numbered, and those who want to make the same move agree on one (rounds of adopt-commit: Gafni, PODC 1998), in tags of
-the registered model. That needs nothing of a server but that a read sees what was written before it, and no clock: one
-who dies on the way blocks nobody, and what others can see that he may have decided is finished by them.
+MLflow sets an alias unconditionally: if two people promote at the same time, both would believe they succeeded. So the
+moves of an alias are numbered, and the writers of one number agree on one move (rounds of adopt-commit: Gafni, PODC
+1998) through tags of the registered model. The protocol needs no clock; of the server it needs only that a read returns
+earlier writes. A process that dies blocks nobody: if others can see that it may have decided, they finish its move.
 
-    propose.ALIAS.NUMBER.ROUND.ID   the move that somebody wishes
-    vote.ALIAS.NUMBER.ROUND.ID      and whether he saw no other wish
-    history.ALIAS.NUMBER            the move, for good; then the alias follows, and the other two are deleted
+    propose.ALIAS.NUMBER.ROUND.ID   a proposed move
+    vote.ALIAS.NUMBER.ROUND.ID      the proposal, and whether its writer saw no other one in that round
+    history.ALIAS.NUMBER            the decided move; the alias is then set, and the tags of the first two kinds deleted
 """
 
 from __future__ import annotations
@@ -26,198 +26,286 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipelines.registry.versions import RegistryError, find_model, who_am_i
+from pipelines.registry.alias_moves import HISTORY_PREFIX, AliasMove, alias_history, full_history
+from pipelines.registry.client import (
+    CHAMPION,
+    RegistryError,
+    current_user,
+    find_model,
+    find_version,
+    registry_client,
+)
 
-Move = dict[str, Any]
-"""alias, action, to, from, when, who, reason, and what else is known: score, comparison, forced."""
-PROPOSE, VOTE, HISTORY = "propose.", "vote.", "history."
-ALIAS = re.compile(r"(?!latest$|v\d+$)[\w-]+", re.IGNORECASE)  # MLflow's own rule
-TRIES = 20  # of setting an alias against others who set it too
+PROPOSAL_PREFIX, VOTE_PREFIX = "propose.", "vote."
+# MLflow's rule, restricted to characters that a models:/ URI allows
+ALIAS_PATTERN = re.compile(r"(?!latest$|v\d+$)[A-Za-z0-9_-]{1,200}", re.IGNORECASE)
+SET_ALIAS_ATTEMPTS = 20  # while other processes set the same alias
 
 
-class Overtaken(RegistryError):
-    """Somebody else moved the alias first: a comparison with the version that had it no longer counts."""
+class ConcurrentPromotion(RegistryError):
+    """Somebody else moved the alias first, so the comparison with its previous version no longer counts."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where an alias is: the version that has it, or None, and the moves that it has made."""
+class AliasState:
+    """The version that has an alias, or None, and the alias's moves so far."""
 
-    holder: str | None
-    moves: tuple[Move, ...]
+    version: str | None
+    moves: tuple[AliasMove, ...]
 
     @property
-    def held(self) -> list[str]:
-        """The versions that had the alias, the present one last, each with what preceded it before it."""
-        held: list[str] = []
+    def version_stack(self) -> list[str]:
+        """The versions that rollbacks return to, the current version last."""
+        versions: list[str] = []
         for move in self.moves:
-            held = _cut(held, move["from"])
-            held = held[:-1] if move["action"] == "rollback" else [*held, move["to"]]
-        return _cut(held, self.holder)
+            versions = _truncate_at(versions, move.from_)
+            versions = versions[:-1] if move.action == "rollback" else [*versions, move.to]
+        return _truncate_at(versions, self.version)
 
 
-def moves_of(tags: Mapping[str, str], alias: str) -> list[Move]:
-    """The history of an alias in a registered model's tags, oldest first."""
-    found = [(key, json.loads(text)) for key, text in tags.items() if key.startswith(HISTORY)]
-    return [
-        move
-        for _, move in sorted(found, key=lambda entry: (entry[1].get("number", -1), entry[0]))
-        if move["alias"] == alias
-    ]
+def alias_state(name: str, alias: str = CHAMPION, tracking_uri: str | None = None) -> AliasState:
+    """The alias's current state. Pass it to `promote` as `expected` to promote only if it has not changed since."""
+    with registry_client(tracking_uri) as client:
+        return find_alias_state(client, name, alias)
 
 
-def every_move(tags: Mapping[str, str]) -> list[Move]:
-    """The history of all aliases, oldest first."""
-    aliases = dict.fromkeys(json.loads(tags[key])["alias"] for key in tags if key.startswith(HISTORY))
-    return sorted(
-        [move for alias in aliases for move in moves_of(tags, alias)], key=lambda move: move["when"]
-    )
+def promote(
+    name: str,
+    version: str,
+    alias: str = CHAMPION,
+    *,
+    reason: str = "by hand",
+    score: float | None = None,
+    comparison: Mapping[str, Any] | None = None,
+    forced: bool = False,
+    expected: AliasState | None = None,
+    tracking_uri: str | None = None,
+) -> str | None:
+    """Set `alias` on `version` and record who, when and why; returns the version that had it before, or None.
 
-
-def place(client: MlflowClient, name: str, alias: str) -> Place:
-    """Where the alias is, after finishing what somebody decided and died over.
-
-    RegistryError: no such model, or what cannot be an alias.
+    Does not compare the versions: promotion.compare_and_promote does. Repeating the call changes nothing. Raises
+    RegistryError if there is no such version or no permission, and ConcurrentPromotion if the alias is no longer in the
+    `expected` state or somebody else moves it at the same time.
     """
-    if not ALIAS.fullmatch(alias):
+    with registry_client(tracking_uri) as client:
+        model_version = find_version(client, f"models:/{name}/{version}")
+        current = find_alias_state(client, name, alias)
+        if expected is not None and current != expected:
+            new_moves = current.moves[len(expected.moves) :]
+            if new_moves and new_moves[-1].to != version:
+                raise concurrent_promotion_error(name, version, new_moves[-1])
+            if not new_moves:
+                raise ConcurrentPromotion(
+                    f"{alias} of {name} was moved from version {expected.version} to {current.version} meanwhile, "
+                    "not by inpaint: try again"
+                )
+        number = str(model_version.version)
+        if current.version == number:
+            return number
+        move_alias(
+            client,
+            name,
+            alias,
+            "promote",
+            number,
+            current,
+            reason=reason,
+            score=score,
+            comparison=comparison or None,
+            forced=forced,
+        )
+        return current.version
+
+
+def rollback(
+    name: str, alias: str = CHAMPION, *, reason: str = "by hand", tracking_uri: str | None = None
+) -> str:
+    """Set `alias` back to the version that had it before, by the recorded history; returns that version.
+
+    A second rollback goes back one version further. RegistryError: there is no earlier version, or it was deleted.
+    """
+    with registry_client(tracking_uri) as client:
+        current = find_alias_state(client, name, alias)
+        if current.version is None or len(current.version_stack) < 2:
+            raise RegistryError(
+                f"{name} has no earlier {alias} on record to go back to: see inpaint models history {name}"
+            )
+        previous = current.version_stack[-2]
+        find_version(client, f"models:/{name}/{previous}")
+        move_alias(client, name, alias, "rollback", previous, current, reason=reason)
+        return previous
+
+
+def history(name: str, tracking_uri: str | None = None) -> list[AliasMove]:
+    """The moves of all aliases of a model, oldest first."""
+    with registry_client(tracking_uri) as client:
+        return full_history(find_model(client, name).tags)
+
+
+def find_alias_state(client: MlflowClient, name: str, alias: str) -> AliasState:
+    """The alias's state, after applying a decided move that a killed process left unfinished.
+
+    RegistryError: no such model, or an invalid alias.
+    """
+    if not ALIAS_PATTERN.fullmatch(alias):
         raise RegistryError(
-            f"{alias!r} cannot be an alias: letters, digits, '_' and '-' can, but 'latest' and v1 cannot"
+            f"{alias!r} cannot be an alias: up to 200 letters, digits, '_' and '-' can, but 'latest' and v1 cannot"
         )
     model = find_model(client, name)
-    moves = moves_of(model.tags, alias)
-    if _leftovers(model.tags, alias, len(moves)):
-        _follow(client, name, alias)
+    moves = alias_history(model.tags, alias)
+    if _stale_proposals(model.tags, alias, len(moves)):
+        _apply_last_move(client, name, alias)
         model = find_model(client, name)
-    return Place(_holder(model.aliases, alias), tuple(moves_of(model.tags, alias)))
+    return AliasState(_alias_version(model.aliases, alias), tuple(alias_history(model.tags, alias)))
 
 
-def move(
-    client: MlflowClient, name: str, alias: str, action: str, version: str, at: Place, **more: Any
-) -> Move:
-    """Move the alias from where it was `at` to `version`; the move as it stands in the history.
+def move_alias(
+    client: MlflowClient,
+    name: str,
+    alias: str,
+    action: str,
+    version: str,
+    state: AliasState,
+    *,
+    reason: str,
+    score: float | None = None,
+    comparison: Mapping[str, Any] | None = None,
+    forced: bool = False,
+) -> AliasMove:
+    """Move the alias from its `state` to `version`; returns the recorded move.
 
-    Overtaken: somebody else's move won. RegistryError: the version was deleted meanwhile.
+    ConcurrentPromotion: somebody else's move was decided on. RegistryError: the version was deleted meanwhile.
     """
-    wish = {
-        "id": uuid.uuid4().hex[:12],
-        "number": len(at.moves),
-        "alias": alias,
-        "action": action,
-        "to": version,
-        "from": at.holder,
-        "when": datetime.now(UTC).isoformat(timespec="microseconds"),
-        "who": who_am_i(),
-        **more,
-    }
-    decided = agree(
-        lambda: find_model(client, name).tags, lambda key, text: _write(client, name, key, text), wish
+    proposal = AliasMove(
+        id=uuid.uuid4().hex[:12],
+        number=len(state.moves),
+        alias=alias,
+        action=action,
+        to=version,
+        from_=state.version,
+        when=datetime.now(UTC).isoformat(timespec="microseconds"),
+        who=current_user(),
+        reason=reason,
+        score=score,
+        comparison=comparison,
+        forced=forced,
     )
-    there = _follow(client, name, alias)
-    if decided["to"] != version:
-        raise overtaken(name, version, decided)
-    if not there:
-        raise RegistryError(
-            f"{name} version {version} was deleted at the same moment: {alias} stays where it was"
-        )
+    decided = reach_consensus(
+        lambda: find_model(client, name).tags, lambda key, text: _set_tag(client, name, key, text), proposal
+    )
+    applied = _apply_last_move(client, name, alias)
+    if decided.to != version:
+        raise concurrent_promotion_error(name, version, decided)
+    if not applied:
+        raise RegistryError(f"{name} version {version} was deleted at the same moment: {alias} was not moved")
     return decided
 
 
-def overtaken(name: str, version: str, move: Move) -> Overtaken:
-    return Overtaken(
-        f"{move['who']} made version {move['to']} {move['alias']} of {name} at the same time, {move['when'][:19]} UTC: "
-        f"version {version} is not; compare it with version {move['to']} and try again"
+def concurrent_promotion_error(name: str, version: str, move: AliasMove) -> ConcurrentPromotion:
+    return ConcurrentPromotion(
+        f"{move.who} made version {move.to} {move.alias} of {name} at the same time, {move.when[:19]} UTC: "
+        f"version {version} is not; compare it with version {move.to} and try again"
     )
 
 
-def agree(read: Callable[[], Mapping[str, str]], write: Callable[[str, str], None], wish: Move) -> Move:
-    """The move that all decide on who wish one of the same alias and number: one of their wishes.
+def reach_consensus(
+    read_tags: Callable[[], Mapping[str, str]], write_tag: Callable[[str, str], None], proposal: AliasMove
+) -> AliasMove:
+    """The move on which all writers of this alias and number agree: one of their proposals.
 
-    Two wishes are never both unopposed in a round: of two who each write theirs and then look, the later one sees both.
-    Who finds only votes for an unopposed wish has decided; who finds one such vote makes it his wish, so that in the
-    rounds after a decision there is no other wish. Two who run on side by side agree on the older wish.
+    A round has at most one unopposed proposal: everyone writes a proposal before reading, so of any two writers the
+    later one sees both. A writer that finds only votes for an unopposed proposal has decided. A writer that finds at
+    least one such vote adopts that proposal, so no other proposal exists in the rounds after a decision. Writers that
+    run in lockstep adopt the oldest proposal.
     """
-    slot, me = f"{wish['alias']}.{wish['number']:06d}", wish["id"]
-    for turn in itertools.count():
-        here = f"{slot}.{turn:03d}."
-        write(f"{PROPOSE}{here}{me}", json.dumps(wish))
-        tags = read()
-        if HISTORY + slot in tags:
+    slot, own_id = f"{proposal.alias}.{proposal.number:06d}", proposal.id
+    for round_number in itertools.count():
+        prefix = f"{slot}.{round_number:03d}."
+        write_tag(f"{PROPOSAL_PREFIX}{prefix}{own_id}", json.dumps(proposal.as_json()))
+        tags = read_tags()
+        if HISTORY_PREFIX + slot in tags:
             break
-        wishes = _under(tags, PROPOSE + here)
-        opposed = len({other["id"] for other in wishes}) > 1
-        write(f"{VOTE}{here}{me}", json.dumps({"wish": wish, "unopposed": not opposed}))
-        tags = read()
-        if HISTORY + slot in tags:
+        proposals = [AliasMove.from_record(other) for other in _load_tags(tags, PROPOSAL_PREFIX + prefix)]
+        opposed = len({other.id for other in proposals}) > 1
+        vote = {"wish": proposal.as_json(), "unopposed": not opposed}
+        write_tag(f"{VOTE_PREFIX}{prefix}{own_id}", json.dumps(vote))
+        tags = read_tags()
+        if HISTORY_PREFIX + slot in tags:
             break
-        votes = _under(tags, VOTE + here)
-        unopposed = [vote["wish"] for vote in votes if vote["unopposed"]]
+        votes = _load_tags(tags, VOTE_PREFIX + prefix)
+        unopposed = [AliasMove.from_record(vote["wish"]) for vote in votes if vote["unopposed"]]
         if unopposed:
-            wish = unopposed[0]
-        elif turn:  # not at once, lest the wish of one who died long ago come true
-            wish = min(wishes, key=lambda other: (other["when"], other["id"]))
+            proposal = unopposed[0]
+        elif round_number:  # not in the first round: a proposal that a killed process left long ago would win
+            proposal = min(proposals, key=lambda other: (other.when, other.id))
         if len(unopposed) == len(votes):
-            write(HISTORY + slot, json.dumps(wish))
-            return wish
-    decided: Move = json.loads(tags[HISTORY + slot])
-    return decided
+            write_tag(HISTORY_PREFIX + slot, json.dumps(proposal.as_json()))
+            return proposal
+    return AliasMove.from_record(json.loads(tags[HISTORY_PREFIX + slot]))
 
 
-def _under(tags: Mapping[str, str], prefix: str) -> list[dict[str, Any]]:
+def _load_tags(tags: Mapping[str, str], prefix: str) -> list[dict[str, Any]]:
+    """The decoded values of the tags with this prefix, in the order of their keys."""
     return [json.loads(text) for key, text in sorted(tags.items()) if key.startswith(prefix)]
 
 
-def _cut(held: list[str], holder: str | None) -> list[str]:
-    """Up to the version that has the alias: it may have been moved without us, or not have followed its last move."""
-    if holder in held:
-        return held[: len(held) - held[::-1].index(holder)]
-    return [holder] if holder else []
+def _truncate_at(versions: list[str], version: str | None) -> list[str]:
+    """The stack up to the last occurrence of `version`; only `version` if it does not occur.
 
-
-def _follow(client: MlflowClient, name: str, alias: str) -> bool:
-    """Put the alias where its last move has it, then tidy up; False: that version is gone.
-
-    Whoever sets it looks again afterwards, so that one who stood still for a while cannot leave it behind.
+    The alias may have been set by other means, or a process may have died before it set the alias.
     """
-    gone = ""
-    for _ in range(TRIES):
+    if version in versions:
+        return versions[: len(versions) - versions[::-1].index(version)]
+    return [version] if version else []
+
+
+def _apply_last_move(client: MlflowClient, name: str, alias: str) -> bool:
+    """Set the alias to the version of its last move, then delete stale proposals. False: that version was deleted.
+
+    The alias is checked again after it was set: a process that was suspended in between could otherwise set it to the
+    version of an older move.
+    """
+    deleted = ""
+    for _ in range(SET_ALIAS_ATTEMPTS):
         model = find_model(client, name)
-        moves = moves_of(model.tags, alias)
-        to = moves[-1]["to"]
-        if to in (gone, _holder(model.aliases, alias)):
+        moves = alias_history(model.tags, alias)
+        to = moves[-1].to
+        if to in (deleted, _alias_version(model.aliases, alias)):
             break
         try:
             client.set_registered_model_alias(name, alias, to)
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                gone = to
-            elif error.error_code != "BAD_REQUEST":  # said when two make the same row
+                deleted = to
+            elif error.error_code != "BAD_REQUEST":  # raised if two processes insert the same row
                 raise
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what others tidied up
-        for key in _leftovers(model.tags, alias, len(moves)):
+        warnings.simplefilter("ignore")  # about tags that another process has deleted already
+        for key in _stale_proposals(model.tags, alias, len(moves)):
             with suppress(MlflowException):
                 client.delete_registered_model_tag(name, key)
-    return to != gone
+    return to != deleted
 
 
-def _leftovers(tags: Mapping[str, str], alias: str, count: int) -> list[str]:
-    """Proposals and votes of the first `count` moves."""
+def _stale_proposals(tags: Mapping[str, str], alias: str, count: int) -> list[str]:
+    """The tags with proposals and votes for the first `count` moves, which are decided."""
     return [
         key
         for key in tags
-        if key.startswith((f"{PROPOSE}{alias}.", f"{VOTE}{alias}.")) and int(key.split(".")[2]) < count
+        if key.startswith((f"{PROPOSAL_PREFIX}{alias}.", f"{VOTE_PREFIX}{alias}."))
+        and int(key.split(".")[2]) < count
     ]
 
 
-def _write(client: MlflowClient, name: str, key: str, text: str) -> None:
+def _set_tag(client: MlflowClient, name: str, key: str, text: str) -> None:
     try:
         client.set_registered_model_tag(name, key, text)
     except MlflowException as error:
-        # two who agree write the same row for the first time, and one of them hears of it
+        # if two processes that agree insert the same row, one gets an error
         if error.error_code != "BAD_REQUEST" or find_model(client, name).tags.get(key) != text:
             raise
 
 
-def _holder(aliases: Mapping[str, str], alias: str) -> str | None:
+def _alias_version(aliases: Mapping[str, str], alias: str) -> str | None:
     version = aliases.get(alias)
     return None if version is None else str(version)

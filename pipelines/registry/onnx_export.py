@@ -1,7 +1,7 @@
-"""A model's completion as one ONNX file, checked against the model before it is there.
+"""Exports a model's completion to an ONNX file and checks the file against the model before it is moved into place.
 
-The file takes one float32 tensor x [B,5,H,W] (RGB in [0,1]; mask, 1 = hole; edge) and gives y [B,3,H,W]; it needs an
-ONNX runtime, and nothing of this project, torch or Python.
+The file maps one float32 tensor x [B,5,H,W] (RGB in [0,1]; mask, 1 = hole; edge) to y [B,3,H,W]. It needs an ONNX
+runtime, but nothing of this project, torch or Python.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.base import Completion, Model
-from pipelines.errors import in_a_line
+from pipelines.errors import error_text
 
-OPSET = 18  # the first with Col2Im, by which contextual attention pastes its patches
-TOLERANCE = 1e-5  # of the file's output against the eager completion's
-EXAMPLE = (2, 61, 91)  # a batch and a size from which torch.export concludes nothing
-CHECKED = ((1, 33, 47), (3, 64, 64), (2, 90, 130), (1, 20, 24), (1, 270, 140))
+OPSET = 18  # the first with Col2Im, which contextual attention needs to paste its patches
+TOLERANCE = 1e-5  # maximum absolute difference from the eager completion
+EXAMPLE_SHAPE = (2, 61, 91)  # B, H, W from which torch.export specializes no dimension
+CHECKED_SHAPES = ((1, 33, 47), (3, 64, 64), (2, 90, 130), (1, 20, 24), (1, 270, 140))
 
 
 def export_onnx(
@@ -38,14 +38,15 @@ def export_onnx(
 ) -> dict[str, Any]:
     """Write the completion to `path`, for any batch and any size, or for `size` x `size` pixels and any batch.
 
-    The file's metadata_props are `model`, `options` (JSON), `needs_edges`, `takes_edges`, and what `metadata` says
-    (sigma, size ...), as it is when it is a string, else as JSON.
-    Keys of what is returned: path, opset, size, bytes, and checked: for inputs of several shapes [B,H,W], the largest
-    `difference` of the file's output from the eager completion's. It is at most 1e-5; or, where it is not,
-    `rounding` is the eager completion's own error (against itself in float64), and it is at most ten times that:
-    contextual attention over many places is that sensitive.
-    ValueError in one line, and no file is written: what cannot be exported (naming the operator), run or kept, or
-    differs. RuntimeError: the packages of the extra `onnx` are not installed.
+    The file's metadata_props are `model`, `options` (JSON), `needs_edges`, `takes_edges` and those of `metadata`
+    (sigma, size ...): strings as they are, other values as JSON.
+    Returns path, opset, size, bytes and `checked`: for inputs of several shapes [B,H,W], the largest absolute
+    `difference` between the file's output and the eager completion's. It is at most 1e-5; if it is larger, `rounding`
+    is the eager completion's own error against float64, and the difference is at most ten times that (contextual
+    attention over many patches is that sensitive).
+    ValueError, and no file is written: the model cannot be exported (the message names the operator), the file cannot
+    be run or its output differs, or the metadata is not JSON. RuntimeError: the packages of the extra `onnx` are not
+    installed.
     """
     try:
         import onnx
@@ -57,11 +58,11 @@ def export_onnx(
         ) from None
     if size is not None and size < 1:
         raise ValueError(f"an ONNX file for {size}x{size} px: size is at least 1")
-    properties = _properties(model, metadata or {})
-    completion = model.completion().cpu().float()
-    program = _program(completion, model.name, size)
+    properties = _metadata_props(model, metadata or {})
+    completion = model.frozen_completion().cpu().float()
+    program = _export_program(completion, model.name, size)
     program.model.metadata_props.update(properties)
-    shapes = CHECKED if size is None else tuple((b, size, size) for b in (1, 2, 3))
+    shapes = CHECKED_SHAPES if size is None else tuple((b, size, size) for b in (1, 2, 3))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".onnx-", dir=path.parent) as folder:
@@ -69,54 +70,58 @@ def export_onnx(
         program.save(unchecked, external_data=False)
         try:
             onnx.checker.check_model(unchecked, full_check=True)
-            compute = runner(unchecked)
-            checked = [
-                compared(compute, completion, request(*shape), f"the ONNX file of {model.name}")
+            exported = load_onnx(unchecked)
+            checks = [
+                check_equal(exported, completion, synthetic_batch(*shape), f"the ONNX file of {model.name}")
                 for shape in shapes
             ]
-        except Different:
+        except OutputMismatch:
             raise
-        except Exception as error:  # onnxruntime's have no base of their own
-            raise ValueError(f"the ONNX file of {model.name} does not run: {_line(error)}") from error
+        except Exception as error:  # onnxruntime's exceptions have no base class of their own
+            raise ValueError(
+                f"the ONNX file of {model.name} does not run: {_short_message(error)}"
+            ) from error
         os.replace(unchecked, path)
     return {
         "path": str(path),
         "opset": OPSET,
         "size": size,
         "bytes": path.stat().st_size,
-        "checked": checked,
+        "checked": checks,
     }
 
 
-def _properties(model: Model, metadata: Mapping[str, Any]) -> dict[str, str]:
-    own = {
+def _metadata_props(model: Model, metadata: Mapping[str, Any]) -> dict[str, str]:
+    model_fields = {
         "model": model.name,
         "options": dataclasses.asdict(model.options),
         "needs_edges": bool(model.needs_edges),
         "takes_edges": bool(model.takes_edges),
     }
     properties = {}
-    for key, value in {**metadata, **own}.items():
+    for key, value in {**metadata, **model_fields}.items():
         try:
             properties[key] = value if isinstance(value, str) else json.dumps(value, allow_nan=False)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"metadata.{key} cannot be kept as JSON: {error}") from None
+            raise ValueError(f"metadata.{key} cannot be written as JSON: {error}") from None
     return properties
 
 
-def _program(completion: Completion, name: str, size: int | None) -> Any:
-    """torch.onnx.ONNXProgram. ValueError, naming the operator: there is none for it in ONNX."""
-    free = {0: "batch"} if size else {0: "batch", 2: "height", 3: "width"}
-    example = request(*EXAMPLE) if size is None else request(EXAMPLE[0], size, size)
+def _export_program(completion: Completion, name: str, size: int | None) -> Any:
+    """The completion as a torch.onnx.ONNXProgram. ValueError: ONNX lacks an operator, which the message names."""
+    dynamic_dims = {0: "batch"} if size else {0: "batch", 2: "height", 3: "width"}
+    example = (
+        synthetic_batch(*EXAMPLE_SHAPE) if size is None else synthetic_batch(EXAMPLE_SHAPE[0], size, size)
+    )
     try:
-        with _quiet():
+        with _silence_torch():
             program = torch.onnx.export(
                 completion,
                 (example,),
                 input_names=["x"],
                 output_names=["y"],
                 dynamo=True,
-                dynamic_shapes=(free,),
+                dynamic_shapes=(dynamic_dims,),
                 opset_version=OPSET,
                 external_data=False,
                 verbose=False,
@@ -126,63 +131,67 @@ def _program(completion: Completion, name: str, size: int | None) -> Any:
         while cause.__cause__:
             cause = cause.__cause__
         operator = re.search(r"OpOverload\(op='([\w.]+)'", str(cause))
-        reason = f"ONNX has no operator for {operator[1]}" if operator else _line(cause)
+        reason = f"ONNX has no operator for {operator[1]}" if operator else _short_message(cause)
         raise ValueError(f"{name} cannot be exported to ONNX: {reason}") from error
     assert program is not None
-    for node in program.model.graph.all_nodes():  # stack traces, with the paths of this machine
+    for node in program.model.graph.all_nodes():  # they hold stack traces with paths of this machine
         node.metadata_props.clear()
     return program
 
 
-class Different(ValueError):
-    """Two forms of a model do not compute the same."""
+class OutputMismatch(ValueError):
+    """The exported model and its reference give different outputs."""
 
 
-def runner(path: Path) -> Callable[[Tensor], Tensor]:
-    """What an ONNX file computes, on one thread."""
+def load_onnx(path: Path) -> Callable[[Tensor], Tensor]:
+    """The ONNX file as a function x [B,5,H,W] -> y [B,3,H,W] on one CPU thread."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # nothing but what is fatal: errors are raised as well
+    options.log_severity_level = 4  # fatal only: errors are raised anyway
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(["y"], {"x": x.numpy()})[0])
 
 
-def compared(
-    compute: Callable[[Tensor], Tensor],
+def check_equal(
+    exported: Callable[[Tensor], Tensor],
     completion: Completion,
     x: Tensor,
-    what: str,
-    program: Callable[[Tensor], Tensor] | None = None,
+    label: str,
+    reference: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:
-    """What `checked` says of one input: `compute` against the completion, or against its exported program.
+    """Compare the output of `exported` for x with that of `reference` (None: the completion).
 
-    Different: they differ by more than TOLERANCE, and by more than ten times the eager completion's own error.
+    Returns one entry of export_onnx's `checked`. OutputMismatch: they differ by more than TOLERANCE and by more than
+    ten times the eager completion's own error.
     """
-    found: dict[str, Any] = {"shape": [len(x), *x.shape[2:]]}
+    check: dict[str, Any] = {"shape": [len(x), *x.shape[2:]]}
     with torch.no_grad():
-        y, wanted = compute(x), (program or completion)(x)
-        if y.shape != wanted.shape:
-            raise Different(f"{what} gives {tuple(y.shape)} for an input of {tuple(x.shape)}")
-        found["difference"] = float((y - wanted).abs().max())
-        if not found["difference"] <= TOLERANCE:
+        y, expected = exported(x), (reference or completion)(x)
+        if y.shape != expected.shape:
+            raise OutputMismatch(f"{label} gives {tuple(y.shape)} for an input of {tuple(x.shape)}")
+        check["difference"] = float((y - expected).abs().max())
+        if not check["difference"] <= TOLERANCE:
             exact = copy.deepcopy(completion).double()(x.double())
-            found["rounding"] = float((completion(x) - exact).abs().max())
-            if not found["difference"] <= 10 * found["rounding"]:
-                raise Different(
-                    f"{what} differs from the model by {found['difference']:.1e} on an input of {tuple(x.shape)}"
+            check["rounding"] = float((completion(x) - exact).abs().max())
+            if not check["difference"] <= 10 * check["rounding"]:
+                raise OutputMismatch(
+                    f"{label} differs from the model by {check['difference']:.1e} on an input of {tuple(x.shape)}"
                 )
-    return found
+    return check
 
 
-def request(b: int, h: int, w: int) -> Tensor:
-    """[B,5,H,W]: smooth photographs with NaN in their holes: one inside, the next in a corner, the third without; edges
-    everywhere, but in every second one none in the hole."""
+def synthetic_batch(b: int, h: int, w: int) -> Tensor:
+    """Input x [B,5,H,W] for the check: smooth images with NaN inside their holes.
+
+    The first hole is inside the image, the second in a corner; further images have none. Edges are everywhere, but
+    images with an even index have none in the hole.
+    """
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(b, 5, h, w, generator=generator)
-    colours = torch.rand(b, 3, 4, 4, generator=generator)
-    x[:, :3] = 0.9 * F.interpolate(colours, (h, w), mode="bilinear") + 0.1 * x[:, :3]
+    colors = torch.rand(b, 3, 4, 4, generator=generator)
+    x[:, :3] = 0.9 * F.interpolate(colors, (h, w), mode="bilinear") + 0.1 * x[:, :3]
     side = max(1, min(h, w) // 4)
     x[:, 3] = 0
     for i, (top, left) in enumerate(((h // 3, w // 2), (0, w - side))[:b]):
@@ -194,9 +203,9 @@ def request(b: int, h: int, w: int) -> Tensor:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warnings (of operators in packages that no model uses, of its own deprecated calls), and without the
-    program that it prints when it cannot export one."""
+def _silence_torch() -> Iterator[None]:
+    """Suppress torch's warnings (about operators that no model uses, and its own deprecated calls) and the program that it
+    prints if an export fails."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -207,6 +216,6 @@ def _quiet() -> Iterator[None]:
         logging.disable(disabled)
 
 
-def _line(error: BaseException) -> str:
-    text = in_a_line(error)
+def _short_message(error: BaseException) -> str:
+    text = error_text(error)
     return text if len(text) <= 300 else text[:297] + "..."

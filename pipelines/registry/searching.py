@@ -1,7 +1,7 @@
-"""Searching versions by what they are and how they scored: rows, a pandas frame, and the best one.
+"""Searches versions by their tags and scores, as a pandas frame, and ranks them by a score.
 
-A version's scores are a tag of it, so that all versions come with theirs in one request; of versions that an earlier
-release registered they are asked of MLflow's logged models.
+The scores of a version are stored in one of its tags: one request returns all versions with their scores. For versions
+that an earlier release registered they are read from MLflow's logged models.
 """
 
 from __future__ import annotations
@@ -12,18 +12,26 @@ import math
 import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from pipelines.registry.versions import RegistryError, connected, find_model, pages, versions_of, when
+from pipelines.registry.client import (
+    RegistryError,
+    all_pages,
+    find_model,
+    list_versions,
+    registry_client,
+    utc_time,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
-SCORES, PROTOCOL, DISTANCE = "inpaint.scores", "inpaint.protocol", "inpaint.distance"  # tags of a version
-SHORT = {
+SCORES_TAG, PROTOCOL_TAG, DISTANCE_TAG = "inpaint.scores", "inpaint.protocol", "inpaint.distance"
+METRIC_ALIASES = {
     "psnr": "psnr_rgb_hole",
     "ssim": "ssim_gauss11_rgb",
     "l1": "l1_percent",
@@ -31,10 +39,10 @@ SHORT = {
     "tv": "tv_percent",
     "mae": "mae_edgeconnect_grey",
 }
-"""What people say, and the protocol's name for it, as in the columns of the tables."""
-BAND = re.compile(r"\d+-\d+")
-CONDITION = re.compile(r"\s*(\S+?)\s*(>=|<=|==|!=|>|<|=)\s*(\S+)\s*")
-COMPARE = {
+"""Short name -> the protocol's name of the metric, as in the tables' columns."""
+BAND_PATTERN = re.compile(r"\d+-\d+")
+CONDITION_PATTERN = re.compile(r"\s*(\S+?)\s*(>=|<=|==|!=|>|<|=)\s*(\S+)\s*")
+OPERATORS = {
     ">": operator.gt,
     "<": operator.lt,
     ">=": operator.ge,
@@ -54,18 +62,19 @@ def search(
     limit: int | None = None,
     tracking_uri: str | None = None,
 ) -> pd.DataFrame:
-    """The versions in the registry (of one model, when named), a row each.
+    """The versions of one model, or of all models (`name` None), one row per version.
 
     Columns: name, version, aliases, created, model, sigma, size, run_id, recipe, commit, protocol, and every score as
-    `masks/band/metric`, or `masks/metric` over all photographs (nan: not scored so). Scores of different protocols do
-    not compare.
-    where: conditions on columns, "center/psnr_rgb_hole > 18", "psnr >= 18" (one kind of masks), "sigma < 2"; all must
-    hold. filter: MLflow's own filter of versions, "tags.model = 'edge_connect'". order_by: a column, with ` desc` to
-    have the largest first. ValueError in one line: a column or condition that is none, the registry.
+    `masks/band/metric`, or `masks/metric` over all photographs (nan: no such score). Scores of different protocols are
+    not comparable.
+    where: conditions on columns, such as "center/psnr_rgb_hole > 18", "psnr >= 18" (if only one mask set was scored) or
+    "sigma < 2"; all must hold. filter: MLflow's filter string, such as "tags.model = 'edge_connect'". order_by: a
+    column, followed by ` desc` for descending order. ValueError: an unknown column, an invalid condition or order, or
+    the registry (RegistryError).
     """
     import pandas as pd
 
-    with connected(tracking_uri) as client:
+    with registry_client(tracking_uri) as client:
         rows = version_rows(client, name, filter)
     scores = sorted({column for row in rows for column in row["scores"]})
     frame = pd.DataFrame(
@@ -73,31 +82,65 @@ def search(
             {**{key: row[key] for key in row if key not in ("scores", "distance")}, **row["scores"]}
             for row in rows
         ],
-        columns=[*ABOUT, *scores],
+        columns=[*VERSION_COLUMNS, *scores],
     ).astype({"version": int, "sigma": float, "size": "Int64", **dict.fromkeys(scores, float)})
     frame["created"] = pd.to_datetime(frame["created"], utc=True)
     for condition in [where] if isinstance(where, str) else where:
-        match = CONDITION.fullmatch(condition)
-        value = _number(match[3]) if match else None
+        match = CONDITION_PATTERN.fullmatch(condition)
+        value = _parse_number(match[3]) if match else None
         if not match or value is None:
             raise ValueError(
-                f"{condition!r} is no condition: write, for example, 'center/psnr_rgb_hole > 18'"
+                f"{condition!r} is not a condition: write, for example, 'center/psnr_rgb_hole > 18'"
             )
-        kept = COMPARE[match[2]](frame[column_of(frame.columns, match[1])], value)
-        frame = frame[kept.fillna(False).astype(bool)]
+        holds = OPERATORS[match[2]](frame[find_column(frame.columns, match[1])], value)
+        frame = frame[holds.fillna(False).astype(bool)]
     column, _, direction = order_by.strip().partition(" ")
     if direction.strip().lower() not in ("", "asc", "desc"):
         raise ValueError(f"order_by {order_by!r}: write a column, then `desc` or nothing")
     if column:
-        falling = direction.strip().lower() == "desc"
-        frame = frame.sort_values(column_of(frame.columns, column), ascending=not falling, kind="stable")
+        descending = direction.strip().lower() == "desc"
+        frame = frame.sort_values(find_column(frame.columns, column), ascending=not descending, kind="stable")
     return frame.head(len(frame) if limit is None else limit).reset_index(drop=True)
 
 
-ABOUT = (
+VERSION_COLUMNS = (
     *("name", "version", "aliases", "created", "model", "sigma", "size"),
     *("run_id", "recipe", "commit", "protocol"),
 )
+
+
+@dataclass(frozen=True)
+class RankedVersion:
+    """A version and its score."""
+
+    version: str
+    aliases: tuple[str, ...]
+    created: str
+    recipe: str | None
+    value: float
+
+
+@dataclass(frozen=True)
+class RankedGroup:
+    """The versions scored under one protocol (None: not on record), best first."""
+
+    protocol: str | None
+    versions: tuple[RankedVersion, ...]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """The versions of a model ranked by a score. Scores of different groups are not comparable."""
+
+    name: str
+    metric: str
+    masks: str
+    band: str
+    """Hole-area band in percent of the image, such as "20-30"; "all": all photographs."""
+    groups: tuple[RankedGroup, ...]
+    """The newest version's group first."""
+    unscored: tuple[str, ...]
+    """Versions without that score."""
 
 
 def best(
@@ -107,23 +150,22 @@ def best(
     band: str | None = None,
     masks: str | None = None,
     tracking_uri: str | None = None,
-) -> dict[str, Any]:
-    """The versions of a model ranked by a score, those with one protocol among themselves.
+) -> Ranking:
+    """The versions of a model ranked by a score, separately for each protocol.
 
-    Keys: name, metric, masks, band, groups (each with `protocol` and `versions`, best first; the group of the newest
-    version first), unscored (versions without that score). `band` as in "20-30" (percent of the picture that is hole).
-    ValueError in one line: no such model, metric, band or masks among the versions' scores.
+    band: hole area in percent of the image, such as "20-30"; None: all photographs. ValueError: no such model, or no
+    such metric, band or masks among the versions' scores.
     """
-    with connected(tracking_uri) as client:
+    with registry_client(tracking_uri) as client:
         rows = version_rows(client, name)[::-1]
         if not rows:
-            find_model(client, name)  # says so when there is no such model
+            find_model(client, name)  # raises if there is no such model
             raise RegistryError(f"{name} has no versions")
-    wanted = "/".join(part for part in (masks, band, metric) if part)
+    query = "/".join(part for part in (masks, band, metric) if part)
     columns = {column for row in rows for column in row["scores"]}
-    column = column_of(columns, wanted, f"versions of {name}")
-    of_masks, of_band, full = split_column(column)
-    groups: dict[str | None, list[dict[str, Any]]] = {}
+    column = find_column(columns, query, f"versions of {name}")
+    mask_set, score_band, metric_name = split_column(column)
+    groups: dict[str | None, list[RankedVersion]] = {}
     unscored = []
     for row in rows:
         value = row["scores"].get(column)
@@ -131,118 +173,115 @@ def best(
             unscored.append(row["version"])
             continue
         protocol = row["protocol"]
-        if protocol and full in ("fd", "kid"):
+        if protocol and metric_name in ("fd", "kid"):
             protocol += f"; {row['distance']}"
-        entry = {key: row[key] for key in ("version", "aliases", "created", "recipe")} | {"value": value}
+        entry = RankedVersion(row["version"], tuple(row["aliases"]), row["created"], row["recipe"], value)
         groups.setdefault(protocol, []).append(entry)
     from pipelines.evaluation.metrics import higher_is_better
 
     for versions in groups.values():
-        versions.sort(key=lambda entry: entry["value"], reverse=higher_is_better(full))
-    return {
-        "name": name,
-        "metric": full,
-        "masks": of_masks,
-        "band": of_band or "all",
-        "groups": [{"protocol": protocol, "versions": found} for protocol, found in groups.items()],
-        "unscored": unscored,
-    }
+        versions.sort(key=lambda entry: entry.value, reverse=higher_is_better(metric_name))
+    ranked = tuple(RankedGroup(protocol, tuple(versions)) for protocol, versions in groups.items())
+    return Ranking(name, metric_name, mask_set, score_band or "all", ranked, tuple(unscored))
 
 
-def version_rows(client: MlflowClient, name: str | None = None, also: str = "") -> list[dict[str, Any]]:
-    """Versions with their scores, by name and number."""
-    versions = versions_of(client, name, also)
+def version_rows(
+    client: MlflowClient, name: str | None = None, filter_string: str = ""
+) -> list[dict[str, Any]]:
+    """The versions with their scores, one dict per version, by name and number."""
+    versions = list_versions(client, name, filter_string)
     aliases: dict[tuple[str, str], list[str]] = {}
-    for model in pages(
+    for model in all_pages(
         client.search_registered_models, **({"filter_string": f"name = '{name}'"} if name else {})
     ):
-        for alias, holder in model.aliases.items():
-            aliases.setdefault((model.name, str(holder)), []).append(alias)
-    older = [version for version in versions if SCORES not in version.tags]
-    logged = _logged_scores(client) if older else {}
+        for alias, number in model.aliases.items():
+            aliases.setdefault((model.name, str(number)), []).append(alias)
+    without_tag = [version for version in versions if SCORES_TAG not in version.tags]
+    logged_scores = _logged_scores(client) if without_tag else {}
     return [
         {
             "name": version.name,
             "version": str(version.version),
             "aliases": sorted(aliases.get((version.name, str(version.version)), [])),
-            "created": when(version.creation_timestamp),
+            "created": utc_time(version.creation_timestamp),
             "model": version.tags.get("model"),
             "sigma": version.tags.get("sigma"),
             "size": version.tags.get("size"),
             "run_id": version.run_id,
             "recipe": version.tags.get("inpaint.recipe"),
             "commit": version.tags.get("inpaint.commit"),
-            "protocol": version.tags.get(PROTOCOL),
-            "distance": version.tags.get(DISTANCE),
-            "scores": scores_of(version, logged),
+            "protocol": version.tags.get(PROTOCOL_TAG),
+            "distance": version.tags.get(DISTANCE_TAG),
+            "scores": version_scores(version, logged_scores),
         }
         for version in versions
     ]
 
 
-def scores_of(version: ModelVersion, logged: dict[str, dict[str, float]]) -> dict[str, float]:
-    text = version.tags.get(SCORES)
-    found = logged.get(model_id(version), {}) if text is None else json.loads(text)
-    return {key: float(value) for key, value in found.items()}
+def version_scores(version: ModelVersion, logged_scores: dict[str, dict[str, float]]) -> dict[str, float]:
+    """A version's scores from its tag, else from `logged_scores` (logged model's id -> scores)."""
+    text = version.tags.get(SCORES_TAG)
+    scores = logged_scores.get(logged_model_id(version), {}) if text is None else json.loads(text)
+    return {key: float(value) for key, value in scores.items()}
 
 
-def scores_tag(metrics: Mapping[str, float]) -> str:
-    """The tag that scores are kept in, to six digits."""
+def scores_json(metrics: Mapping[str, float]) -> str:
+    """The value of the tag that stores the finite scores, rounded to six digits."""
     return json.dumps({key: float(f"{value:.6g}") for key, value in metrics.items() if math.isfinite(value)})
 
 
-def model_id(version: ModelVersion) -> str:
-    """MLflow's logged model that a version was made from."""
+def logged_model_id(version: ModelVersion) -> str:
+    """The id of the MLflow logged model that the version was created from."""
     return str(version.source).rpartition("/")[2]
 
 
 def split_column(column: str) -> tuple[str, str, str]:
-    """masks/band/metric, or masks/metric (band "")."""
-    masks, _, metric = column.rpartition("/")
-    before, _, band = masks.rpartition("/")
-    return (before, band, metric) if before and BAND.fullmatch(band) else (masks, "", metric)
+    """(masks, band, metric) of masks/band/metric, or of masks/metric with band ""."""
+    prefix, _, metric = column.rpartition("/")
+    masks, _, band = prefix.rpartition("/")
+    return (masks, band, metric) if masks and BAND_PATTERN.fullmatch(band) else (prefix, "", metric)
 
 
-def column_of(columns: Iterable[str], text: str, whose: str = "these versions") -> str:
-    """The column that is meant by its name, or by `psnr`, `20-30/psnr`, `center/psnr`, `center/20-30/psnr`.
+def find_column(columns: Iterable[str], text: str, subject: str = "these versions") -> str:
+    """The column named by its full name, or by `psnr`, `20-30/psnr`, `center/psnr` or `center/20-30/psnr`.
 
-    ValueError in one line: there is none, or one for several kinds of masks.
+    ValueError: no column matches, or the columns of several mask sets do. `subject` starts the message.
     """
     columns = list(columns)
     if text in columns:
         return text
     masks, band, metric = split_column(text)
-    if not band and BAND.fullmatch(masks):
+    if not band and BAND_PATTERN.fullmatch(masks):
         masks, band = "", masks
-    metric = SHORT.get(metric, metric)
+    metric = METRIC_ALIASES.get(metric, metric)
     parts = {column: split_column(column) for column in columns if "/" in column}
-    same = [column for column, part in parts.items() if part[2] == metric]
-    if not same:
+    with_metric = [column for column, part in parts.items() if part[2] == metric]
+    if not with_metric:
         known = sorted({part[2] for part in parts.values()} | {c for c in columns if "/" not in c})
-        near = difflib.get_close_matches(metric, [*known, *SHORT], n=1, cutoff=0.4)
+        near = difflib.get_close_matches(metric, [*known, *METRIC_ALIASES], n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known) or 'none'}"
-        raise ValueError(f"{whose} have no score {metric!r}: {hint}")
-    found = [c for c in same if parts[c][1] == band and masks in ("", parts[c][0])]
-    if len(found) == 1:
-        return found[0]
-    kinds = sorted({parts[column][0] for column in same})
-    if len(found) > 1:
-        raise ValueError(f"{whose} were scored with masks {' and '.join(kinds)}: say which")
-    bands = sorted({parts[column][1] or "all" for column in same})
+        raise ValueError(f"{subject} have no score {metric!r}: {hint}")
+    matches = [c for c in with_metric if parts[c][1] == band and masks in ("", parts[c][0])]
+    if len(matches) == 1:
+        return matches[0]
+    mask_sets = sorted({parts[column][0] for column in with_metric})
+    if len(matches) > 1:
+        raise ValueError(f"{subject} were scored with masks {' and '.join(mask_sets)}: say which")
+    bands = sorted({parts[column][1] or "all" for column in with_metric})
     raise ValueError(
-        f"{whose} have no {metric} for {f'masks {masks!r}' if masks else 'any masks'}"
-        f"{f' in band {band!r}' if band else ''}: masks {', '.join(kinds)}; bands {', '.join(bands)}"
+        f"{subject} have no {metric} for {f'masks {masks!r}' if masks else 'any masks'}"
+        f"{f' in band {band!r}' if band else ''}: masks {', '.join(mask_sets)}; bands {', '.join(bands)}"
     )
 
 
 def _logged_scores(client: MlflowClient) -> dict[str, dict[str, float]]:
-    """model id -> metrics, of all logged models."""
-    experiments = [experiment.experiment_id for experiment in pages(client.search_experiments)]
-    found = pages(client.search_logged_models, experiment_ids=experiments)
-    return {model.model_id: {metric.key: metric.value for metric in model.metrics or []} for model in found}
+    """Logged model's id -> metrics, for the logged models of all experiments."""
+    experiments = [experiment.experiment_id for experiment in all_pages(client.search_experiments)]
+    models = all_pages(client.search_logged_models, experiment_ids=experiments)
+    return {model.model_id: {metric.key: metric.value for metric in model.metrics or []} for model in models}
 
 
-def _number(text: str) -> float | None:
+def _parse_number(text: str) -> float | None:
     try:
         return float(text)
     except ValueError:

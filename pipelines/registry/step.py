@@ -1,193 +1,175 @@
-"""The step that registers: weights -> a version with all that made it; champion when it beats the present one."""
+"""The register step: trained weights -> a version with its provenance; champion if it beats the current champion."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from mlflow import MlflowClient
 
-from pipelines import registry, tracking
+from data_prep.records import to_json
+from pipelines.contracts import RegisterConfig, RegisterInputs, RegisterOutputs, RunSettings
+from pipelines.durable.mlflow_run import with_mlflow_run
 from pipelines.durable.steps import StepContext
-from pipelines.durable.tracked import Value, tracked
-from pipelines.evaluation.completers import photographs
-from pipelines.evaluation.evaluate import EvaluationSpec
-from pipelines.evaluation.figures import encode_png, sample_grid
-from pipelines.evaluation.judging import against_champion
-from pipelines.evaluation.scores import Evaluation
-from pipelines.provenance import TAG, made_by
-from pipelines.registry.aliases import Overtaken
-from pipelines.registry.searching import DISTANCE, PROTOCOL, split_column
-from pipelines.training.weights import load_weights, local_folder
+from pipelines.evaluation.photographs import split_photographs
+from pipelines.evaluation.results import EvaluationResult
+from pipelines.plots.images import encode_png, sample_grid
+from pipelines.provenance import PROVENANCE_TAG, collect_provenance
+from pipelines.registry.aliases import ConcurrentPromotion, alias_state, promote
+from pipelines.registry.load import load_model
+from pipelines.registry.registration import register as register_model
+from pipelines.registry.searching import split_column
+from pipelines.registry.version_comparison import champion_difference
+from pipelines.registry.version_record import VersionRecord
+from pipelines.tracking import runs
+from pipelines.weights import as_local_folder, load_weights
 
-NOT_COMPARED = (
-    "versions",
-    "true_edges",
-    "distance",
-)  # of a protocol: scores of the rest compare without them
-TRIES = 5  # of becoming champion, each after a comparison with whoever did meanwhile
+PROMOTION_ATTEMPTS = 5  # each after a new comparison, if another version became champion meanwhile
 
 
-@tracked
-def register(ctx: StepContext, client: MlflowClient | None, run: str) -> Value:
-    """Weights -> a version in the registry; champion when it beats the present one on these photographs and masks."""
+RegisterContext = StepContext[RegisterConfig, RegisterInputs, RunSettings]
+
+
+@with_mlflow_run
+def register(
+    ctx: StepContext[RegisterConfig, RegisterInputs, RunSettings], client: MlflowClient | None, run: str
+) -> RegisterOutputs:
+    """Register the trained weights as a version; promote it if it beats the champion on this run's photographs."""
     assert client is not None, "registering needs MLflow"
-    config, uri = ctx.config, ctx.local["tracking"]["uri"]
-    label, name = ctx.name.removeprefix("register-"), config["register_as"]
-    trained = ctx.inputs[f"train-{label}"]
-    with local_folder(ctx.storage, trained["weights"]) as folder:
-        model, about = load_weights(folder)
-    scores = Evaluation.load(ctx.storage.sub(ctx.inputs["evaluate"]["evaluation"]).read)
-    here = scores.score(label, config["metric"])
+    config, uri = ctx.config, _tracking_uri(ctx)
+    label, name, metric = config.model_key, config.register_as, config.evaluate.metric
+    with as_local_folder(ctx.storage, ctx.inputs.trained.weights) as folder:
+        model, info = load_weights(folder)
+    evaluation = EvaluationResult.load(ctx.storage.subfolder(ctx.inputs.evaluation.folder).read)
+    score = evaluation.score(label, metric)
     ctx.progress(0, 2, "exporting")
-    samples = {f"samples/{grid.title}.png": encode_png(sample_grid(grid)) for grid in scores.grids()}
+    samples = {
+        f"samples/{grid.title}.png": encode_png(sample_grid(grid)) for grid in evaluation.sample_grids()
+    }
     for path, png in samples.items():
-        tracking.log_picture(client, run, path, png)
-    record = lineage(ctx, client, label, scores) | {"samples": list(samples)}
-    version = registry.register(
+        runs.log_image(client, run, path, png)
+    record = replace(make_version_record(ctx, client, evaluation), samples=tuple(samples))
+    version = register_model(
         model,
         name=name,
         run_id=run,
         step_key=ctx.key,
-        tags={"inpaint.recipe": config["recipe"], "inpaint.metric": f"{config['metric']} {here:.3f}"}
-        | short(record),
-        metrics=by_band(scores, label),
-        metadata=about | record,
+        tags={"inpaint.recipe": config.recipe_name, "inpaint.metric": f"{metric} {score:.3f}"} | record.tags,
+        metrics=metrics_by_band(evaluation, label),
+        metadata=info.as_json() | record.as_json(),
         tracking_uri=uri,
     )
     ctx.progress(1, 2, "comparing with the champion")
-    crowned, reason = crown(ctx, client, name, version, label, scores, here)
-    tracking.log_tags(
-        client, run, {"inpaint.version": version, "inpaint.champion": crowned, "inpaint.reason": reason}
+    is_champion, reason = promote_if_better(ctx, client, version, evaluation, score)
+    runs.log_tags(
+        client, run, {"inpaint.version": version, "inpaint.champion": is_champion, "inpaint.reason": reason}
     )
-    return {"name": name, "version": version, "champion": crowned, "reason": reason}
+    return RegisterOutputs(name, version, is_champion, reason)
 
 
-def lineage(ctx: StepContext, client: MlflowClient, label: str, scores: Evaluation) -> dict[str, Any]:
-    """Everything that made a version, kept in its own file; code, packages and Ray job are the training's."""
-    trained, shards, config = ctx.inputs[f"train-{label}"], ctx.inputs["shard"], ctx.config["evaluate"]
-    told = client.get_run(trained["run"]).data.tags.get(TAG) if trained["run"] else None
-    size = int(scores.protocol["sizes"][0].partition("x")[0])
+def make_version_record(
+    ctx: RegisterContext, client: MlflowClient, evaluation: EvaluationResult
+) -> VersionRecord:
+    """The version's provenance; code, packages and Ray job are those of the training run, if it recorded them."""
+    trained, shards, config = ctx.inputs.trained, ctx.inputs.shards, ctx.config.evaluate
+    provenance = client.get_run(trained.run_id).data.tags.get(PROVENANCE_TAG) if trained.run_id else None
+    size = int(evaluation.protocol.sizes[0].partition("x")[0])
+    origin = ctx.settings.sweep_origin
     record = {
-        "recipe": ctx.local["recipe"],
-        "shards": shards["digest"],
-        "edges": edge_digests(ctx, label),
+        "recipe": ctx.settings.recipe_yaml,
+        "shards": shards.digest,
+        "edges": trained.edge_digests,
         "scored_on": {
-            "shards": ctx.storage.sub(shards["shards"]).uri,
-            "digest": shards["digest"],
-            "split": config["split"],
-            "count": config["count"],
+            "shards": ctx.storage.subfolder(shards.folder).uri,
+            "digest": shards.digest,
+            "split": config.split,
+            "count": config.max_photos,
             "size": size,
         },
-        "protocol": scores.protocol,
-        "photographs": {masks: dict(Counter(bands)) for masks, bands in scores.bands.items()},
-        "metric": ctx.config["metric"],
-        "training_run": trained["run"],
-        "sweep": ctx.local.get("sweep"),
+        "protocol": evaluation.protocol.to_dict(),
+        "photographs": {masks: dict(Counter(bands)) for masks, bands in evaluation.bands.items()},
+        "metric": config.metric,
+        "training_run": trained.run_id,
+        "sweep": None if origin is None else to_json(origin),
     }
-    return record | (json.loads(told) if told else made_by())
+    return VersionRecord.from_record(
+        record | (json.loads(provenance) if provenance else collect_provenance())
+    )
 
 
-def edge_digests(ctx: StepContext, label: str) -> dict[str, str]:
-    """sigma -> sha256 of edges.json, which has the sha256 of every tar; empty when edges were made on the fly."""
-    found = {}
-    for name, key in ctx.manifests[f"train-{label}"]["inputs"].items():
-        value = json.loads(ctx.storage.read(f"manifests/{key}.json"))["value"] if name != "shard" else {}
-        if "edges" in value:
-            listed = ctx.storage.sub(value["edges"]).read("edges.json")
-            found[f"{value['sigma']:g}"] = hashlib.sha256(listed).hexdigest()
-    return found
+def metrics_by_band(evaluation: EvaluationResult, label: str) -> dict[str, float]:
+    """A method's means as `masks/metric` and `masks/band/metric`.
 
-
-def short(record: dict[str, Any]) -> dict[str, str]:
-    """The tags by which versions are searched and told apart."""
-    code, protocol = record["code"], record["protocol"]
-    shared = {key: value for key, value in protocol.items() if key not in NOT_COMPARED}
-    sizes, masks = " and ".join(protocol["sizes"]), " and ".join(protocol["masks"])
-    tags = {
-        "inpaint.commit": code.get("commit", "")[:12] + ("-dirty" if code.get("dirty") == "true" else ""),
-        "inpaint.shards": record["shards"],
-        "inpaint.edges": ", ".join(record["edges"].values()),
-        "inpaint.sweep": (record["sweep"] or {}).get("name", ""),
-        PROTOCOL: f"{_digest(shared)}: {protocol['photographs']} photographs of {sizes}, {masks} masks, "
-        f"seed {protocol['seed']}",
-    }
-    if distance := protocol["distance"]:
-        tags[DISTANCE] = f"{_digest(distance)}: {distance['name']}"
-    return {key: value for key, value in tags.items() if value}
-
-
-def by_band(scores: Evaluation, label: str) -> dict[str, float]:
-    """A method's means as `masks/metric` and `masks/band/metric`; masks of one band are of that band as a whole."""
-    found = scores.flat(label)
-    for column, value in list(found.items()):
-        masks, band, metric = split_column(column)
-        bands = set(scores.bands.get(masks, ()))
-        if not band and len(bands) == 1:
-            found[f"{masks}/{bands.pop()}/{metric}"] = value
-    return found
-
-
-def crown(
-    ctx: StepContext,
-    client: MlflowClient,
-    name: str,
-    version: str,
-    label: str,
-    scores: Evaluation,
-    here: float,
-) -> tuple[bool, str]:
-    """Make the version champion if it beats the present one, scored again on this run's photographs and masks.
-
-    Whether it did, and why. A champion that cannot be scored keeps its place: it may only be out of reach, and a person
-    can promote by hand. Whoever became champion meanwhile is compared with anew.
+    If all masks of a set are in one band, the set's means are that band's too.
     """
-    uri, metric = ctx.local["tracking"]["uri"], ctx.config["metric"]
-    for _ in range(TRIES):
-        at, comparison = registry.place(name, tracking_uri=uri), None
-        if at.holder == version:
+    means = evaluation.to_metrics(label)
+    for column, value in list(means.items()):
+        masks, band, metric = split_column(column)
+        bands = set(evaluation.bands.get(masks, ()))
+        if not band and len(bands) == 1:
+            means[f"{masks}/{bands.pop()}/{metric}"] = value
+    return means
+
+
+def promote_if_better(
+    ctx: RegisterContext, client: MlflowClient, version: str, evaluation: EvaluationResult, score: float
+) -> tuple[bool, str]:
+    """Promote the version if it beats the champion, which is scored again on this run's photographs and masks.
+
+    Returns whether the version is champion, and the reason. If the champion cannot be loaded or scored it stays
+    champion: it may only be unreachable, and a user can promote by hand. If another version becomes champion meanwhile,
+    compares again.
+    """
+    name, uri = ctx.config.register_as, _tracking_uri(ctx)
+    for _ in range(PROMOTION_ATTEMPTS):
+        state, comparison = alias_state(name, tracking_uri=uri), None
+        if state.version == version:
             return True, "champion already"
-        better, reason = True, f"first version; {metric} {here:.3f}"
-        if at.holder is not None:
-            better, reason, comparison = beats(ctx, name, at.holder, label, scores)
+        better, reason = True, f"first version; {ctx.config.evaluate.metric} {score:.3f}"
+        if state.version is not None:
+            better, reason, comparison = compare_with_champion(ctx, state.version, evaluation)
         if not better:
             client.set_model_version_tag(name, version, "not_champion", reason)
             return False, reason
         try:
-            registry.promote(
+            promote(
                 name,
                 version,
                 reason=reason,
-                score=here,
+                score=score,
                 comparison=comparison,
-                expected=at,
+                expected=state,
                 tracking_uri=uri,
             )
             return True, reason
-        except Overtaken as error:
+        except ConcurrentPromotion as error:
             reason = str(error)
     return False, reason
 
 
-def beats(
-    ctx: StepContext, name: str, champion: str, label: str, scores: Evaluation
+def compare_with_champion(
+    ctx: RegisterContext, champion: str, evaluation: EvaluationResult
 ) -> tuple[bool, str, dict[str, Any] | None]:
-    """Whether the new version is better than the champion, why, and the comparison if there was one."""
-    config, uri = ctx.config["evaluate"], ctx.local["tracking"]["uri"]
-    spec = EvaluationSpec.of(config | {"distance": None, "samples": 1})
-    photos = list(photographs(ctx.storage.sub(ctx.inputs["shard"]["shards"]), config["split"]))
+    """Whether the new version is better than the champion, the reason, and the comparison (None: not possible)."""
+    evaluate_config = ctx.config.evaluate
+    champion_config = evaluate_config.model_copy(update={"distance": None, "grid_rows": 1})
+    photos = list(split_photographs(ctx.storage.subfolder(ctx.inputs.shards.folder), evaluate_config.split))
     try:
-        old = registry.load_model(f"models:/{name}/{champion}", tracking_uri=uri)
-        found = against_champion(old, scores, label, photos, spec, ctx.config["metric"])
+        old = load_model(f"models:/{ctx.config.register_as}/{champion}", tracking_uri=_tracking_uri(ctx))
+        difference = champion_difference(
+            old, evaluation, ctx.config.model_key, photos, champion_config, evaluate_config.metric
+        )
     except ValueError as error:
         reason = (
-            f"the champion, version {champion}, cannot be compared with here, so nothing is known: {error}"
+            f"the champion, version {champion}, cannot be compared with here, so it stays champion: {error}"
         )
         return False, reason, None
-    return found.gain > 0, f"{found} of version {champion} on the same photographs", vars(found)
+    reason = f"{difference} of version {champion} on the same photographs"
+    return difference.improvement > 0, reason, difference.as_json()
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+def _tracking_uri(ctx: RegisterContext) -> str:
+    assert ctx.settings.tracking is not None, "registering needs MLflow"
+    return ctx.settings.tracking.uri

@@ -1,1 +1,1 @@
-"""Trials of one recipe with other loss weights or another sigma, and what they show."""
+"""Sweeps: trials of one recipe with other loss weights or another sigma, and the report that compares them."""

@@ -1,4 +1,4 @@
-"""The step that a sweep is: run the trials, then say which were best, in figures, a table and a recipe."""
+"""The step `sweep`: run the trials, then write the result, the report and the best recipe."""
 
 from __future__ import annotations
 
@@ -7,97 +7,121 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from data_prep.storage import Storage
-from pipelines import tracking
-from pipelines.durable.attempt import Progress
-from pipelines.durable.steps import StepContext, Value
-from pipelines.durable.tracked import tracked
+from pipelines.contracts import RunSettings, SweepConfig, SweepInputs, SweepOutputs
+from pipelines.durable.mlflow_run import with_mlflow_run
+from pipelines.durable.steps import StepContext
+from pipelines.durable.task import ProgressReporter
 from pipelines.provenance import code_version
-from pipelines.reading import parse_recipe
 from pipelines.recipe import Recipe
-from pipelines.sweeps.ledger import Ledger
-from pipelines.sweeps.result import SweepResult, best_name, in_words
-from pipelines.sweeps.space import best_recipe, settings, sweep_of, swept_model, total_steps, trial_recipe
-from pipelines.sweeps.trial import Trials
-from pipelines.sweeps.tuning import TUNE, Books, tune_trials
-from pipelines.tracking import Tracking
-from pipelines.training.arrow_storage import ray_storage
+from pipelines.recipe.load import parse_recipe
+from pipelines.sweeps.results import SweepResult, best_recipe_file, format_values
+from pipelines.sweeps.space import (
+    best_recipe,
+    iter_settings,
+    sweep_section,
+    swept_model,
+    total_steps,
+    trial_recipe,
+)
+from pipelines.sweeps.trial import SweepContext
+from pipelines.sweeps.trial_store import TrialStore, trial_store_folder
+from pipelines.sweeps.tuner import TUNE_FOLDER, TrialCallback, tune_trials
+from pipelines.tracking import runs
+from pipelines.training.ray_filesystem import ray_storage_location
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 
-@tracked
-def search(ctx: StepContext, client: MlflowClient | None, run: str) -> Value:
-    """Run the trials, as many side by side as the cluster holds; `stable` keeps what must outlive this process."""
-    recipe = parse_recipe({**ctx.config["recipe"], "scaling": ctx.local["scaling"]})
-    known = ctx.inputs["baselines"]
-    for metric in sweep_of(recipe).metrics:
-        if not any(metric in scores for scores in known["scores"].values()):
-            raise ValueError(f"sweep.metrics: {metric} cannot be had here: {'; '.join(known['reasons'][:1])}")
-    trials = _trials(ctx, recipe, run)
-    ledger = Ledger(ctx.storage, trials.local["trials"], trials.total - trials.start)
-    books = Books(ledger, trials, _planned(recipe), client)
-    books.show()
-    path, filesystem = ray_storage(ctx.storage, ctx.work)
-    tune_trials(trials, ledger, books, ctx.local["at_once"], path, filesystem)
-    ctx.storage.delete_tree(f"{ctx.work}/{TUNE}")
-    books.settle()
-    result = _result(ctx, recipe, ledger, trials)
-    out = ctx.storage.sub(ctx.work)
-    out.write("sweep.json", result.to_json().encode())
-    names = ["sweep.json", *_report(ctx, recipe, result, out)]
-    best = result.best
+RESULT_FILE, REPORT_FILE = "sweep.json", "sweep.html"
+SweepStepContext = StepContext[SweepConfig, SweepInputs, RunSettings]
+
+
+@with_mlflow_run
+def sweep(
+    ctx: StepContext[SweepConfig, SweepInputs, RunSettings], client: MlflowClient | None, run_id: str
+) -> SweepOutputs:
+    """Run the trials, as many concurrently as fit on the cluster.
+
+    The trial store lies in the persistent folder: the next attempt of this step resumes from it.
+    """
+    recipe = parse_recipe({**ctx.config.recipe, "scaling": ctx.settings.scaling.model_dump()})
+    baselines = ctx.inputs.baselines
+    for metric in sweep_section(recipe).metrics:
+        if not any(metric in scores for scores in baselines.scores.values()):
+            raise ValueError(f"sweep.metrics: {metric} is not available: {baselines.no_distance_reason}")
+    context = _sweep_context(ctx, recipe, run_id)
+    store = TrialStore(ctx.storage, context.store_folder, context.total_steps - context.start_step)
+    callback = TrialCallback(store, context, _expected_trials(recipe), client)
+    callback.report_progress()
+    path, filesystem = ray_storage_location(ctx.storage, ctx.attempt_folder)
+    tune_trials(context, store, callback, ctx.settings.max_concurrent_trials, path, filesystem)
+    ctx.storage.delete_tree(f"{ctx.attempt_folder}/{TUNE_FOLDER}")
+    callback.end_mlflow_runs()
+    callback.end_replaced_runs()
+    result = _sweep_result(ctx, recipe, store, context)
+    output = ctx.storage.subfolder(ctx.attempt_folder)
+    output.write(RESULT_FILE, result.to_json().encode())
+    names = [RESULT_FILE, *_write_report(ctx, recipe, result, output)]
+    best = result.best_group
     if client:
         for name in names:
-            _log_file(client, run, out, name)
-        tracking.log_tags(client, run, {"inpaint.best": in_words(best.values) if best else "none"})
+            _log_artifact(client, run_id, output, name)
+        runs.log_tags(client, run_id, {"inpaint.best": format_values(best.values) if best else "none"})
         if best:
-            tracking.log_values(client, run, {f"best/{m}": best.mean(m) for m in result.metrics})
+            runs.log_metrics(client, run_id, {f"best/{m}": best.mean(m) for m in result.metrics})
     if best is None:
-        raise ValueError(f"no trial of the sweep finished: {_reasons(result)}")
-    return {
-        "outputs": [f"{ctx.work}/{name}" for name in names],
-        "result": f"{ctx.work}/sweep.json",
-        "best": best.values,
-        "scores": {metric: best.mean(metric) for metric in result.metrics},
-        "run": run,
-    }
-
-
-def _trials(ctx: StepContext, recipe: Recipe, run: str) -> Trials:
-    local = {"scaling": ctx.local["scaling"], "recipe": ctx.local["recipe"], "trials": f"{ctx.stable}/trials"}
-    first = next(settings(recipe), {})
-    return Trials(
-        key=ctx.key,
-        recipe=recipe,
-        storage=ctx.storage,
-        given=dict(ctx.manifests),
-        local=local,
-        start=ctx.config["start"],
-        total=total_steps(trial_recipe(recipe, first)),
-        run=run,
-        tracking=Tracking(**ctx.local["tracking"]) if run else None,
-        progress=cast(Progress, ctx.progress),
+        raise ValueError(f"no trial of the sweep finished: {_failure_reasons(result)}")
+    return SweepOutputs(
+        files=tuple(f"{ctx.attempt_folder}/{name}" for name in names),
+        result=f"{ctx.attempt_folder}/{RESULT_FILE}",
+        report=f"{ctx.attempt_folder}/{REPORT_FILE}",
+        best_recipe=f"{ctx.attempt_folder}/{best_recipe_file(result.name)}",
+        best_values=best.values,
+        scores={metric: best.mean(metric) for metric in result.metrics},
+        run_id=run_id,
     )
 
 
-def _planned(recipe: Recipe) -> int:
-    """How many trials there will be, as far as that is known: for progress."""
-    sweep = sweep_of(recipe)
-    known = sum(1 for _ in settings(recipe)) if sweep.search == "grid" else None
-    limits = [limit for limit in (known, sweep.budget.trials) if limit is not None]
+def _sweep_context(ctx: SweepStepContext, recipe: Recipe, run_id: str) -> SweepContext:
+    first = next(iter_settings(recipe), {})
+    return SweepContext(
+        step_key=ctx.key,
+        recipe=recipe,
+        storage=ctx.storage,
+        input_manifests=ctx.input_manifests,
+        store_folder=trial_store_folder(ctx.key),
+        step_settings=RunSettings(
+            tracking=ctx.settings.tracking if run_id else None,
+            parent_run_id=run_id or None,
+            recipe_yaml=ctx.settings.recipe_yaml,
+            scaling=ctx.settings.scaling,
+        ),
+        start_step=ctx.config.shared_steps,
+        total_steps=total_steps(trial_recipe(recipe, first)),
+        progress=cast(ProgressReporter, ctx.progress),
+    )
+
+
+def _expected_trials(recipe: Recipe) -> int:
+    """The expected number of trials, for the progress display; 0 if unknown."""
+    sweep = sweep_section(recipe)
+    grid_size = sum(1 for _ in iter_settings(recipe)) if sweep.search == "grid" else None
+    limits = [limit for limit in (grid_size, sweep.budget.trials) if limit is not None]
     return min(limits) if limits else 0
 
 
-def _result(ctx: StepContext, recipe: Recipe, ledger: Ledger, trials: Trials) -> SweepResult:
-    sweep, code = sweep_of(recipe), code_version()
-    known = ctx.inputs["baselines"]
+def _sweep_result(
+    ctx: SweepStepContext, recipe: Recipe, store: TrialStore, context: SweepContext
+) -> SweepResult:
+    sweep, code = sweep_section(recipe), code_version()
+    baselines = ctx.inputs.baselines
     about = {
         "search": sweep.search,
         "scheduler": sweep.scheduler,
-        "minutes": f"{ledger.seconds / 60:.0f}",
-        "steps": str(trials.total),
-        "shared steps": str(trials.start),
+        "minutes": f"{store.total_seconds / 60:.0f}",
+        "steps": str(context.total_steps),
+        "shared steps": str(context.start_step),
         "commit": code.get("commit", "")[:12] + (" and changes" if code.get("dirty") == "true" else ""),
         "command": f"inpaint sweep {recipe.name}",
         "masks": ", ".join(recipe.evaluate.masks),
@@ -109,43 +133,43 @@ def _result(ctx: StepContext, recipe: Recipe, ledger: Ledger, trials: Trials) ->
             path: domain.model_dump(mode="json", exclude_none=True) for path, domain in sweep.fields.items()
         },
         metrics=sweep.metrics,
-        trials=tuple(ledger.trials),
-        baselines=known["scores"],
+        trials=tuple(store.records),
+        baselines=baselines.scores,
         split=sweep.split,
-        photographs=known["photographs"],
+        photographs=baselines.photo_count,
         about={key: value for key, value in about.items() if value},
     )
 
 
-def _report(ctx: StepContext, recipe: Recipe, result: SweepResult, out: Storage) -> list[str]:
-    """Pictures, table, page and the best recipe; the names of the files."""
-    from pipelines.evaluation.scores import Evaluation
-    from pipelines.sweeps.report import sweep_html, sweep_markdown, sweep_pictures
+def _write_report(ctx: SweepStepContext, recipe: Recipe, result: SweepResult, output: Storage) -> list[str]:
+    """Write the pictures, the table, the HTML page and the best recipe; returns the file names."""
+    from pipelines.evaluation.results import EvaluationResult
+    from pipelines.sweeps.report.page import sweep_html, sweep_markdown, sweep_pictures
 
     evaluations = {
-        trial.number: Evaluation.load(ctx.storage.sub(trial.evaluation).read)
+        trial.number: EvaluationResult.load(ctx.storage.subfolder(trial.evaluation).read)
         for trial in result.trials
         if trial.evaluation
     }
-    best = result.best
+    best = result.best_group
     yaml = best_recipe(recipe, best.values).to_yaml() if best else ""
     files = dict(sweep_pictures(result, evaluations))
     files["sweep.md"] = sweep_markdown(result).encode()
-    files["sweep.html"] = sweep_html(result, evaluations, yaml).encode()
+    files[REPORT_FILE] = sweep_html(result, evaluations, yaml).encode()
     if best:
-        files[best_name(result.name)] = yaml.encode()
+        files[best_recipe_file(result.name)] = yaml.encode()
     for name, content in files.items():
-        out.write(name, content)
+        output.write(name, content)
     return list(files)
 
 
-def _log_file(client: MlflowClient, run: str, out: Storage, name: str) -> None:
+def _log_artifact(client: MlflowClient, run_id: str, output: Storage, name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / Path(name).name
-        out.download(name, path)
-        client.log_artifact(run, str(path))
+        output.download(name, path)
+        client.log_artifact(run_id, str(path))
 
 
-def _reasons(result: SweepResult) -> str:
-    found = [f"trial {t.number} ({in_words(t.values)}): {t.reason}" for t in result.trials if t.reason]
-    return "; ".join(found[:3]) or "none was begun within the budget"
+def _failure_reasons(result: SweepResult) -> str:
+    reasons = [f"trial {t.number} ({format_values(t.values)}): {t.reason}" for t in result.trials if t.reason]
+    return "; ".join(reasons[:3]) or "the budget allowed none"

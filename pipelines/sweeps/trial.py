@@ -1,308 +1,329 @@
-"""One trial of a sweep: a training like any other, in durable steps, then scored. Ray Tune only hears of it.
+"""One trial: train and score in durable steps, and report the results to Ray Tune.
 
-Killed at any point it is found where it was: its steps have manifests and checkpoints of their own, in the storage.
+An interrupted trial resumes: its steps have their own manifests and checkpoints in the storage.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from data_prep.network import enable_long_retries
 from data_prep.storage import Storage
-from pipelines import tracking
-from pipelines.durable.attempt import Progress
-from pipelines.durable.lease import StorageBusy
-from pipelines.durable.steps import Step, StepContext, StepFailed, Value, Workflow
+from pipelines.contracts import (
+    FolderKey,
+    RunSettings,
+    ScoreInputs,
+    ScoreOutputs,
+    StepKind,
+    TrainOutputs,
+)
+from pipelines.durable.lease import LeaseHeld
+from pipelines.durable.runner import run_workflow
+from pipelines.durable.steps import Step, StepEvent, StepFailed, StepId, StepManifest, canonical_json
+from pipelines.durable.task import ProgressReporter
+from pipelines.durable.workflow import RunResults, Workflow
+from pipelines.pipeline import SHARD_ID, edge_sigmas, edges_id, edges_step, train_step
 from pipelines.recipe import Recipe
-from pipelines.sweeps.result import SEED, in_words
-from pipelines.sweeps.space import Link, Values, milestones, sweep_of, swept_model, trial_recipe
-from pipelines.tracking import Tracking
-from pipelines.workflow import Later, edge_sigmas, edges_name, edges_step, train_step
+from pipelines.sweeps.results import SEED, FieldValues, Segment, format_values
+from pipelines.sweeps.space import report_steps, sweep_section, swept_model, trial_recipe
+from pipelines.sweeps.trial_store import StoredTrial, TrialReport, read_trial
+from pipelines.tracking import runs
+from pipelines.tracking_address import Tracking
+from pipelines.training.curves import read_curves
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-BUSY = 5.0  # seconds before looking again whether another trial has made what both need
-POINTER = "chain.json"
-VALIDATION = "val/psnr_rgb_hole"  # what schedulers compare, of the training's own journal
+RETRY_SECONDS = 5.0  # before a retry, while another trial holds the lease of a step that both need
+SEGMENTS_FILE = "segments.json"
+VALIDATION_METRIC = "val/psnr_rgb_hole"  # of the training curves; schedulers compare it
+BASELINES, SCORE = StepId(StepKind.BASELINES), StepId(StepKind.SCORE)
 
 
 @dataclass(frozen=True)
-class Trials:
-    """What all trials of a sweep have in common; travels to each."""
+class SweepContext:
+    """What all trials of a sweep share; sent to each trial's process."""
 
-    key: str
+    step_key: str
+    """Of the step `sweep`."""
     recipe: Recipe
     storage: Storage
-    given: dict[str, Value]
-    """Manifests of the steps that all share: shards, edges, baselines, beginnings of trainings."""
-    local: dict[str, Any]
-    start: int
-    """The step at which a trial begins; the steps before are of a shared beginning."""
-    total: int
-    run: str
-    tracking: Tracking | None
-    progress: Progress
+    input_manifests: Mapping[StepId, StepManifest]
+    """Of the shared steps: shards, edges, baselines and shared training phases."""
+    store_folder: FolderKey
+    step_settings: RunSettings
+    """For each trial's steps; `parent_run_id` is the sweep's MLflow run."""
+    start_step: int
+    """The step at which a trial begins; the steps before it are trained once for all trials of a seed."""
+    total_steps: int
+    progress: ProgressReporter
+
+    @property
+    def sweep_run_id(self) -> str:
+        """The sweep's MLflow run, or ''."""
+        return self.step_settings.parent_run_id or ""
+
+    @property
+    def tracking(self) -> Tracking | None:
+        return self.step_settings.tracking
 
 
-def label(number: int, values: Mapping[str, Any]) -> str:
-    """What a trial is called where it is shown."""
-    return f"trial {number} {in_words(_short(values))}"
+@dataclass(frozen=True)
+class SegmentResult:
+    """The result of a trial's training up to the end of a segment."""
+
+    validation_psnr: float
+    curve: Sequence[tuple[int, float]]
+    weights: FolderKey
 
 
-def run_trial(config: dict[str, Any], trials: Trials) -> None:
-    """What Ray Tune runs. An error becomes the trial's result, with its reason; a killed process is started again."""
+def trial_title(number: int, values: Mapping[str, Any]) -> str:
+    """The title of a trial in the progress display."""
+    return f"trial {number} {format_values(_short_names(values))}"
+
+
+def run_trial(config: dict[str, Any], context: SweepContext) -> None:
+    """The trainable of Ray Tune. An error is reported as the trial's result; Ray Tune restarts a killed process."""
     from ray import tune
 
-    name = tune.get_context().get_trial_name()  # population-based training copies configs, but no names
-    trial = Trial(trials, int(name.rpartition("-")[2]), dict(config["values"]))
-    chain = _read_pointer(tune.get_checkpoint()) or trial.known_chain()
+    name = tune.get_context().get_trial_name()  # population-based training copies configs, but not names
+    trial = TrialRunner(context, int(name.rpartition("-")[2]), dict(config["values"]))
+    segments = _read_segments(tune.get_checkpoint()) or trial.saved_segments()
     began = time.monotonic()
-    tracking.be_patient()
-    steps = chain[-1][0] if chain else trials.start
+    enable_long_retries()
+    steps = segments[-1][0] if segments else context.start_step
+    if steps >= context.total_steps:  # population-based training restarts its trials after their last report
+        return
     try:
-        with trial.tracked():
-            for until in milestones(sweep_of(trials.recipe), trials.start, trials.total):
+        with trial.mlflow_run(segments):
+            for until in report_steps(sweep_section(context.recipe), context.start_step, context.total_steps):
                 if until <= steps:
                     continue
-                chain = [*chain, (until, trial.values)]
-                report = trial.learn(chain)
-                if until == trials.total:
-                    report |= trial.score(chain)
+                segments = [*segments, (until, trial.values)]
+                result = trial.train_segment(segments)
+                scored = trial.score(segments) if until == context.total_steps else None
                 steps = until
-                report |= {"steps": until, "trained": until - trials.start, "chain": chain, "run": trial.run}
-                report["seconds"] = time.monotonic() - began
-                with _pointer(chain) as checkpoint:
-                    tune.report(report, checkpoint=checkpoint)
+                report = TrialReport(
+                    steps=until,
+                    seconds=time.monotonic() - began,
+                    run_id=trial.run_id,
+                    trained_steps=until - context.start_step,
+                    validation_psnr=result.validation_psnr,
+                    segments=segments,
+                    copied_segments=trial.copied_segments,
+                    curve=result.curve,
+                    weights=result.weights,
+                    scores=scored.scores if scored else None,
+                    evaluation=scored.folder if scored else "",
+                )
+                with _segments_checkpoint(segments) as checkpoint:
+                    tune.report(report.to_result(), checkpoint=checkpoint)
     except (StepFailed, ValueError) as error:
-        trial.show(1, 1, str(error), "failed")
+        trial.report_progress(1, 1, str(error), "failed")
         seconds = time.monotonic() - began
-        tune.report({"failed": _reason(error), "steps": steps, "seconds": seconds, "run": trial.run})
+        tune.report(
+            TrialReport(steps, seconds, trial.run_id, failure_reason=_short_reason(error)).to_result()
+        )
 
 
-class Trial:
-    def __init__(self, trials: Trials, number: int, values: Values) -> None:
-        self.trials, self.number, self.values = trials, number, values
-        self.run, self.name = "", f"trial-{number:04d}"
-        self.report = trials.progress.child(label(number, values))
+class TrialRunner:
+    """Trains and scores one trial. `run_id` is its MLflow run, or '' without tracking."""
 
-    def show(self, done: float, total: float, note: str = "", state: str = "running") -> None:
-        self.report(done, total, note, state)
+    def __init__(self, context: SweepContext, number: int, values: FieldValues) -> None:
+        self.context, self.number, self.values = context, number, values
+        self.run_id, self.name = "", f"trial-{number:04d}"
+        self.copied_segments = 0  # how many of its segments were trained by another trial
+        self.progress = context.progress.child(trial_title(number, values))
+
+    def report_progress(self, done: float, total: float, note: str = "", state: str = "running") -> None:
+        self.progress(done, total, note, state)
 
     @contextmanager
-    def tracked(self) -> Iterator[None]:
-        """The trial's own MLflow run, below the sweep's; its end is the sweep's to say, which may stop a trial."""
-        if self.trials.tracking:
-            key = f"{self.trials.key}/{self.number}"
-            place = self.trials.tracking
-            self.run = tracking.open_run(
-                place, key, self.name, self.trials.run, {"inpaint.trial": str(self.number)}
+    def mlflow_run(self, segments: Sequence[Segment]) -> Iterator[None]:
+        """Open the trial's MLflow run, a child of the sweep's run. The sweep ends it, as the scheduler may stop a trial.
+
+        A run holds the curves of one training run, and MLflow cannot delete points. When population-based training
+        makes the trial continue from another trial's `segments`, the trial therefore gets a new run.
+        """
+        stored = self._stored_trial()
+        length = min(len(segments), len(stored.segments))
+        replaced = list(segments[:length]) != stored.segments[:length]
+        self.copied_segments = len(segments) if replaced else stored.copied_segments
+        if self.context.tracking:
+            key = f"{self.context.step_key}/{self.number}"
+            if self.copied_segments:
+                key += f"/{_segments_digest(segments[: self.copied_segments])}"
+            tracking, client = self.context.tracking, self.context.tracking.client()
+            self.run_id = runs.open_run(
+                tracking, key, self.name, self.context.sweep_run_id, {"inpaint.trial": str(self.number)}
             )
-            # said once: what population-based training changes later is logged as metrics
-            tracking.log_params(place.client(), self.run, self._entry()["first"])
+            # logged once: later changes by population-based training are logged as metrics
+            runs.log_params(client, self.run_id, segments[0][1] if segments else stored.initial_values)
+            if replaced:
+                from mlflow.exceptions import MlflowException
+
+                with suppress(MlflowException):  # the sweep may have started with another server
+                    client.set_terminated(stored.record.run, "KILLED")
         yield
 
-    def known_chain(self) -> list[Link]:
-        """What an earlier life of the sweep has trained of it."""
-        return [(int(until), values) for until, values in self._entry()["chain"]]
+    def saved_segments(self) -> list[Segment]:
+        """The segments that are finished according to the trial store."""
+        return self._stored_trial().segments
 
-    def _entry(self) -> dict[str, Any]:
-        path = f"{self.trials.local['trials']}/{self.number:04d}.json"
-        found: dict[str, Any] = json.loads(self.trials.storage.read(path))
-        return found
+    def _stored_trial(self) -> StoredTrial:
+        return read_trial(self.context.storage, self.context.store_folder, self.number)
 
-    def learn(self, chain: Sequence[Link]) -> dict[str, Any]:
-        """Train up to the chain's end; what the scheduler compares."""
-        last = self.steps(chain)[-1]
-        value = self.perform(chain, last.name)
-        journal = json.loads(self.trials.storage.read(f"{value['weights']}/curves.json"))["points"]
-        curve = [(step, values[VALIDATION]) for step, values in journal if VALIDATION in values]
-        if self.run and self.trials.tracking:
-            client = self.trials.tracking.client()
-            tracking.log_curves(client, self.run, [(step, values) for step, values in journal])
-            if sweep_of(self.trials.recipe).scheduler == "pbt":
-                changed = {f"value/{path}": float(x) for path, x in self.values.items() if _is_number(x)}
-                tracking.log_curves(client, self.run, [(chain[-1][0], changed)])
-        return {"val": curve[-1][1], "curve": curve, "weights": value["weights"]}
+    def train_segment(self, segments: Sequence[Segment]) -> SegmentResult:
+        """Train up to the end of the last segment; curve and validation score."""
+        last = self.build_steps(segments)[-1]
+        weights = self.run_steps(segments).of(last.id, TrainOutputs).weights
+        points = list(read_curves(self.context.storage, weights).points)
+        curve = [(step, values[VALIDATION_METRIC]) for step, values in points if VALIDATION_METRIC in values]
+        if self.run_id and self.context.tracking:
+            client = self.context.tracking.client()
+            if sweep_section(self.context.recipe).scheduler == "pbt":
+                points += [(until, _value_metrics(values)) for until, values in segments]
+            runs.log_curves(client, self.run_id, points)
+        return SegmentResult(curve[-1][1], curve, weights)
 
-    def score(self, chain: Sequence[Link]) -> dict[str, Any]:
-        value = self.perform(chain, "score", score_step(self.recipe, self.steps(chain)[-1].name))
-        scores = {metric: value["scores"].get(metric) for metric in sweep_of(self.trials.recipe).metrics}
-        self.show(1, 1, in_words({metric: x for metric, x in scores.items() if x is not None}), "finished")
-        return {"scores": value["scores"], "evaluation": value["evaluation"]}
+    def score(self, segments: Sequence[Segment]) -> ScoreOutputs:
+        """Evaluate the weights at the end of the last segment."""
+        last = self.build_steps(segments)[-1]
+        step = score_step(self.recipe, last.id, self.context.step_settings)
+        outputs = self.run_steps(segments, step).of(SCORE, ScoreOutputs)
+        metrics = sweep_section(self.context.recipe).metrics
+        scores = {metric: outputs.scores[metric] for metric in metrics if metric in outputs.scores}
+        self.report_progress(1, 1, format_values(scores), "finished")
+        return outputs
 
-    def perform(self, chain: Sequence[Link], wanted: str, *more: Step) -> Value:
-        """The value of a step of this trial, done unless it is found finished."""
-        trials = self.trials
-        where = None if trials.tracking is None else vars(trials.tracking)
-        local = {**trials.local, "tracking": where, "run": self.run, "parent": trials.run}
-        steps = [replace(step, local={**local, **step.local}) for step in [*self.steps(chain), *more]]
-        workflow = Workflow(f"{trials.key}-{self.name}", steps, trials.storage, trials.given)
+    def run_steps(self, segments: Sequence[Segment], *further_steps: Step) -> RunResults:
+        """Run this trial's steps, except those that are cached; their outputs."""
+        context = self.context
+        steps = [*self.build_steps(segments), *further_steps]
+        workflow = Workflow(
+            f"{context.step_key}-{self.name}", steps, context.storage, context.input_manifests
+        )
         while True:
             try:
-                return workflow.run(self._show)[wanted]
-            except StorageBusy as busy:  # another trial makes the same edges, or has the same values
-                self.show(0, self.trials.total, str(busy))
-                time.sleep(BUSY)
+                return run_workflow(workflow.with_settings(trial_run_id=self.run_id), self._on_event)
+            except LeaseHeld as busy:  # another trial computes the same edges, or has the same values
+                self.report_progress(0, self.context.total_steps, str(busy))
+                time.sleep(RETRY_SECONDS)
 
-    def _show(self, name: str, state: str, done: float, total: float, note: str) -> None:
-        if state == "retry":
-            self.show(0, self.trials.total, f"{name}: once more: {note}")
-        elif state == "running":
-            trained = name.startswith("train-")
-            at, of = (done, total) if trained and total else (self.trials.total if name == "score" else 0, 0)
-            self.show(at, of or self.trials.total, note if trained else name)
+    def _on_event(self, event: StepEvent) -> None:
+        total = self.context.total_steps
+        if event.state == "retry":
+            self.report_progress(0, total, f"{event.step}: retry: {event.note}")
+        elif event.state == "running" and event.kind == StepKind.TRAIN:
+            if event.total:
+                self.report_progress(event.done, event.total, event.note)
+            else:
+                self.report_progress(0, total, event.note)
+        elif event.state == "running":
+            self.report_progress(total if event.kind == StepKind.SCORE else 0, total, event.step)
 
     @property
     def recipe(self) -> Recipe:
-        return trial_recipe(self.trials.recipe, self.values)
+        return trial_recipe(self.context.recipe, self.values)
 
-    def steps(self, chain: Sequence[Link]) -> list[Step]:
-        """The chain's trainings, each going on from the one before, after edges that nobody has made yet."""
-        key = swept_model(self.trials.recipe)
-        steps: dict[str, Step] = {}
-        before = [f"begin-{key}-{_seed(self.trials.recipe, self.values)}"] if self.trials.start else []
-        for until, values in chain:
-            recipe = trial_recipe(self.trials.recipe, values)
-            sigmas = edge_sigmas(recipe, key)
-            for sigma in sigmas:
-                name = edges_name(sigma)
-                if name not in self.trials.given:
-                    steps[name] = edges_step(sigma)
-            step = train_step(recipe, key, sigmas)
-            if until < self.trials.total:
-                step = replace(step, name=f"{step.name}-{until}", config={**step.config, "until": until})
-            steps[step.name] = replace(step, needs=(*step.needs, *before))
-            before = [step.name]
+    def build_steps(self, segments: Sequence[Segment]) -> list[Step]:
+        """A training step per segment, each resuming from the one before, and steps for edges that are not shared."""
+        context, key = self.context, swept_model(self.context.recipe)
+        steps: dict[StepId, Step] = {}
+        previous = shared_training_id(context.recipe, self.values) if context.start_step else None
+        for until, values in segments:
+            recipe = trial_recipe(context.recipe, values)
+            for sigma in edge_sigmas(recipe, key):
+                if edges_id(sigma) not in context.input_manifests:
+                    steps[edges_id(sigma)] = edges_step(sigma, context.step_settings)
+            step = train_step(recipe, key, context.step_settings)
+            if until < context.total_steps:
+                step = truncated_training(step, StepId(StepKind.TRAIN, f"{key}-{until}"), until)
+            if previous:
+                step = replace(step, inputs={**step.inputs, "resume_from": previous})
+            steps[step.id] = step
+            previous = step.id
         return list(steps.values())
 
 
-def begin_step(recipe: Recipe, values: Values, until: int) -> Step:
-    """The training of the steps that are the same in every trial of a seed."""
-    key = swept_model(recipe)
-    trial = trial_recipe(recipe, values)
-    step = train_step(trial, key, edge_sigmas(trial, key))
-    return replace(step, name=f"begin-{key}-{_seed(recipe, values)}", config={**step.config, "until": until})
+def truncated_training(step: Step, step_id: StepId, until: int) -> Step:
+    """The training step with another id, ending after step `until` of the schedule."""
+    return replace(step, id=step_id, config=replace(step.config, stop_after_step=until))
 
 
-def score_step(recipe: Recipe, trained: str) -> Step:
+def shared_training_id(recipe: Recipe, values: FieldValues) -> StepId:
+    return StepId(StepKind.BEGIN, f"{swept_model(recipe)}-{trial_seed(recipe, values)}")
+
+
+def shared_training_step(recipe: Recipe, values: FieldValues, until: int, settings: RunSettings) -> Step:
+    """The training step for the phases that are identical in all trials of a seed."""
+    step = train_step(trial_recipe(recipe, values), swept_model(recipe), settings)
+    return truncated_training(step, shared_training_id(recipe, values), until)
+
+
+def score_step(recipe: Recipe, trained: StepId, settings: RunSettings) -> Step:
+    """The step that evaluates a trial's training `trained`."""
     return Step(
-        "score",
-        Later("sweeps.trial", "score"),
-        recipe.evaluate.model_dump(mode="json"),
-        needs=("shard", "baselines", trained),
+        SCORE,
+        "pipelines.evaluation.step:score",
+        recipe.evaluate,
+        {"shards": SHARD_ID, "baselines": BASELINES, "trained": trained},
+        ScoreInputs,
+        ScoreOutputs,
+        settings,
+        version=2,
     )
 
 
-def baselines(ctx: StepContext) -> Value:
-    """The classical methods on the photographs that decide, and those photographs' features, once for all trials."""
-    from pipelines.evaluation.completers import photographs
-    from pipelines.evaluation.evaluate import EvaluationSpec, evaluate, truth_features
-    from pipelines.evaluation.evaluate import baselines as methods
-
-    photos = list(photographs(ctx.storage.sub(ctx.inputs["shard"]["shards"]), ctx.config["split"]))
-    spec = replace(EvaluationSpec.of(ctx.config), samples=0)
-    truth = truth_features(photos, spec)
-    found = evaluate(methods(), photos, spec, progress=ctx.progress, truth=truth)
-    out, first = ctx.storage.sub(ctx.work), next(iter(found.bands))
-    return {
-        "outputs": [f"{ctx.work}/{key}" for key in [*found.save(out.write), _save_array(out, truth)]],
-        "evaluation": ctx.work,
-        "scores": {method: _scores(found, method) for method in found.methods},
-        "photographs": len(found.photos),
-        "reasons": [row["reason"] for row in found.distances.get(first, {}).values() if "reason" in row],
-    }
-
-
-def score(ctx: StepContext) -> Value:
-    """The trial's weights on the photographs that decide."""
-    from pipelines.evaluation.completers import completer, photographs
-    from pipelines.evaluation.evaluate import EvaluationSpec, evaluate
-    from pipelines.evaluation.figures import encode_png, sample_grid
-    from pipelines.training.weights import load_weights, local_folder
-
-    (trained,) = [value for value in ctx.inputs.values() if "weights" in value]
-    with local_folder(ctx.storage, trained["weights"]) as folder:
-        model, about = load_weights(folder)
-    photos = list(photographs(ctx.storage.sub(ctx.inputs["shard"]["shards"]), ctx.config["split"]))
-    truth = _load_array(ctx.storage.sub(ctx.inputs["baselines"]["evaluation"]))
-    found = evaluate({"trial": completer(model, about)}, photos, EvaluationSpec.of(ctx.config), truth=truth)
-    keys = found.save(ctx.storage.sub(ctx.work).write)
-    if run := ctx.local["run"]:
-        client = Tracking(**ctx.local["tracking"]).client()
-        tracking.log_values(client, run, found.flat("trial"))
-        for grid in found.grids():
-            tracking.log_picture(client, run, f"samples/{grid.title}.png", encode_png(sample_grid(grid)))
-    return {
-        "outputs": [f"{ctx.work}/{key}" for key in keys],
-        "evaluation": ctx.work,
-        "scores": _scores(found, "trial"),
-    }
-
-
-def _scores(found: Any, method: str) -> dict[str, float]:
-    """A method's means and distances on the first kind of masks."""
-    row = found.row(method)
-    apart = found.distances.get(row.masks, {}).get(method, {})
-    return row.metrics | {name: apart[name] for name in ("fd", "kid") if name in apart}
-
-
-def _save_array(out: Storage, array: Any) -> str:
-    import numpy as np
-
-    with tempfile.TemporaryDirectory() as folder:
-        np.save(Path(folder) / "truth.npy", array, allow_pickle=False)
-        out.upload(Path(folder) / "truth.npy", "truth.npy")
-    return "truth.npy"
-
-
-def _load_array(storage: Storage) -> Any:
-    import numpy as np
-
-    with tempfile.TemporaryDirectory() as folder:
-        storage.download("truth.npy", Path(folder) / "truth.npy")
-        return np.load(Path(folder) / "truth.npy", allow_pickle=False)
-
-
 @contextmanager
-def _pointer(chain: Sequence[Link]) -> Iterator[Any]:
-    """Tune's checkpoint of a trial: not weights, only which parts of trainings led here."""
+def _segments_checkpoint(segments: Sequence[Segment]) -> Iterator[Any]:
+    """A trial's checkpoint for Ray Tune: not weights, only its segments."""
     from ray.tune import Checkpoint
 
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / POINTER).write_text(json.dumps(list(chain)))
+        (Path(folder) / SEGMENTS_FILE).write_text(json.dumps(list(segments)))
         yield Checkpoint.from_directory(folder)
 
 
-def _read_pointer(checkpoint: Any) -> list[Link]:
+def _read_segments(checkpoint: Any) -> list[Segment]:
     if checkpoint is None:
         return []
     with checkpoint.as_directory() as folder:
-        return [(int(until), values) for until, values in json.loads((Path(folder) / POINTER).read_text())]
+        return [
+            (int(until), values) for until, values in json.loads((Path(folder) / SEGMENTS_FILE).read_text())
+        ]
 
 
-def _seed(recipe: Recipe, values: Mapping[str, Any]) -> int:
+def trial_seed(recipe: Recipe, values: Mapping[str, Any]) -> int:
+    """The seed among the values, or else the swept model's in the recipe."""
     seed = values.get(SEED)
-    return recipe.seed_of(swept_model(recipe)) if seed is None else int(seed)
+    return recipe.seed_for(swept_model(recipe)) if seed is None else int(seed)
 
 
-def _short(values: Mapping[str, Any]) -> Values:
+def _short_names(values: Mapping[str, Any]) -> FieldValues:
     return {path.rpartition(".")[2]: value for path, value in values.items()}
 
 
-def _reason(error: BaseException) -> str:
-    """Without the step's name and where its traceback is: the table names the trial."""
+def _short_reason(error: BaseException) -> str:
+    """The message without the step's name and the traceback's path: the table names the trial."""
     text = " ".join(str(error).split())
     with suppress(ValueError):
         text = text[text.index("failed: ") + 8 : text.rindex(" (")]
     return text
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _value_metrics(values: FieldValues) -> dict[str, float]:
+    """The numeric values of a segment as MLflow metrics."""
+    numbers = {
+        path: x for path, x in values.items() if isinstance(x, int | float) and not isinstance(x, bool)
+    }
+    return {f"value/{path}": float(x) for path, x in numbers.items()}
+
+
+def _segments_digest(segments: Sequence[Segment]) -> str:
+    return hashlib.sha256(canonical_json(list(segments)).encode()).hexdigest()[:16]

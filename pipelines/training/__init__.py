@@ -1,1 +1,1 @@
-"""One model trained under Ray Train: the loop, its learner, its checkpoints, its curves."""
+"""Training of one model under Ray Train: the loop, the training step, checkpoints, curves."""

@@ -1,11 +1,10 @@
-"""One rank's share of learning: alternating steps, averaged gradients, moving averages, and its state.
+"""One rank's training step: discriminators then generators, gradient all-reduce, moving averages, state dict.
 
-Knows torch and the model interface, neither Ray nor MLflow.
+Uses torch and the model interface; no Ray, no MLflow.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,385 +15,323 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.base import UNIFORM, Losses, Model, Phase
-from models.layers import still_spectral
-from pipelines.training.compiling import compilation, compile_networks
+from models.base import RANDOMS_PER_SAMPLE, Losses, Model, Phase, Schedule
+from models.layers import freeze_power_iteration
+from pipelines.training.numerics import (
+    compile_networks,
+    flatten_gradients,
+    match_memory_format,
+    onednn_disabled,
+    requires_grad_off,
+    shorten_compiler_errors,
+    to_float_tensor,
+)
 
 
 class NonFiniteLoss(ValueError):
-    """A loss term became infinite or not a number; raised before the optimiser step."""
+    """A loss term is infinite or NaN. Raised before the optimizer step."""
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """The phases of a training, laid end to end: (phase, first step, end)."""
-
-    parts: tuple[tuple[Phase, int, int], ...]
-
-    @property
-    def total(self) -> int:
-        return self.parts[-1][2]
-
-    def at(self, step: int) -> tuple[Phase, int, int]:
-        """The phase of a step, its number in it (0, 1, ...), and the phase's length."""
-        return next((phase, step - start, end - start) for phase, start, end in self.parts if step < end)
-
-
-def make_schedule(model: Model, steps: Mapping[str, int]) -> Schedule:
-    """The paper's phases with the recipe's lengths; a phase of 0 steps is left out.
-
-    Raises ValueError when nothing is left to train.
-    """
-    parts, start = [], 0
-    for phase in model.phases:
-        length = steps.get(phase.name, phase.steps)
-        if length:
-            parts.append((phase, start, start + length))
-            start += length
-    if not parts:
-        raise ValueError(f"train.steps leaves no phase of {model.name}: give at least one of them steps")
-    return Schedule(tuple(parts))
-
-
-@dataclass(frozen=True)
-class Part:
-    """Photographs that a forward pass holds at once: all of a rank's, or some of them."""
+class MicroBatch:
+    """The photographs of one forward pass: a rank's whole batch, or a part of it."""
 
     batch: dict[str, Any]
     seed: int
-    share: float
-    """What its means count for among the means of the ranks: 1 when the ranks have equal parts, and hold them at once."""
+    sample_fraction: float
+    """Weight of this micro-batch's loss in the global mean; 1 if all ranks have equal batches and do not accumulate."""
 
 
 @dataclass
 class Learner:
-    """A model with its optimisers. `step` is a pure function of (state, step number, batch).
+    """A model with its optimizers. `step` is a pure function of (state, step number, batch).
 
-    Nothing random is carried from step to step: torch is seeded anew by (seed, step, rank) before each, so the
-    state is networks, optimisers, moving averages and a position.
+    No random state is carried between steps: torch is seeded from (seed, step, rank) before each. So the state is
+    the networks, the optimizers, the moving averages and the step number.
     """
 
     model: Model
     schedule: Schedule
     seed: int
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     lr_scale: float = 1.0
     ema_decay: float = 0.0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     bfloat16: bool = False
-    """Forward passes and losses under autocast; parameters, gradients and optimisers stay float32."""
+    """Forward passes and losses run under autocast; parameters, gradients and optimizers stay float32."""
     channels_last: bool = False
     compiled: bool = False
-    at_once: int | None = None
-    """Photographs that a forward pass holds at most; gradients of more are accumulated. None: a rank's whole part."""
+    micro_batch_size: int | None = None
+    """Photographs per forward pass at most; gradients are accumulated over a rank's batch. None: no accumulation."""
 
     def __post_init__(self) -> None:
         self.model.to(self.device)
-        # on CPUs each rank's statistics are its own photographs'
-        if self.world > 1 and self.device.type == "cuda":
+        # SyncBatchNorm needs GPUs: on CPUs each rank normalises with the statistics of its own photographs
+        if self.world_size > 1 and self.device.type == "cuda":
             self.model.networks = nn.SyncBatchNorm.convert_sync_batchnorm(self.model.networks)
         if self.channels_last:
             self.model.networks.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.compiled:
             compile_networks(self.model.networks.values())
         self.phase: Phase | None = None
-        self.optimisers: dict[str, torch.optim.Optimizer] = {}
-        self.gradients: dict[str, Tensor] = {}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.flat_gradients: dict[str, Tensor] = {}
         self.ema: dict[str, Tensor] = {}
-        if self.world > 1:
+        if self.world_size > 1:
             for tensor in self.model.networks.state_dict().values():
                 dist.broadcast(tensor, src=0)
         if self.ema_decay:
-            self.ema = {key: value.clone() for key, value in self._averaged()}
+            self.ema = {key: value.clone() for key, value in self._ema_tensors()}
 
     def step(self, step: int, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Discriminators first, then generators, after papers.md 0.3; returns this rank's unweighted terms, whose mean
-        over the ranks is the global batch's.
+        """Update the discriminators, then the generators (docs/papers.md 0.3).
 
-        Raises NonFiniteLoss, on every rank alike, before a parameter changes.
+        Returns this rank's unweighted loss terms; their mean over the ranks is that of the global batch. Raises
+        NonFiniteLoss on all ranks before any parameter changes.
         """
         with (
-            _sound_convolutions(self.bfloat16 and self.device.type == "cpu"),
-            compilation() if self.compiled else nullcontext(),
+            onednn_disabled(self.bfloat16 and self.device.type == "cpu"),
+            shorten_compiler_errors() if self.compiled else nullcontext(),
         ):
             return self._step(step, batch)
 
     def _step(self, step: int, batch: Mapping[str, Any]) -> dict[str, Tensor]:
-        phase, within, length = self.schedule.at(step)
-        self.enter(phase)
-        self._set_rates(phase, 0.1 if within >= phase.drop_at * length else 1.0)
-        generators_learn = bool(phase.generators) and (within + 1) % phase.critic_steps == 0
-        parts = self._parts(step, self._to_device(step, batch))
-        alone = self._generate(parts[0], generators_learn) if len(parts) == 1 else None
+        phase, step_in_phase, phase_length = self.schedule.phase_at(step)
+        self.enter_phase(phase)
+        self._set_learning_rates(phase, 0.1 if step_in_phase >= phase.lr_drop_at * phase_length else 1.0)
+        generators_learn = bool(phase.generators) and (step_in_phase + 1) % phase.critic_steps == 0
+        micro_batches = self._micro_batches(step, self._to_device(step, batch))
+        shared_output = (
+            self._generate(micro_batches[0], generators_learn) if len(micro_batches) == 1 else None
+        )
         terms: dict[str, Tensor] = {}
         if phase.discriminators:
 
-            def judge(part: Part) -> Losses:
-                out = self._generate(part, False) if alone is None else alone
+            def discriminator_losses(micro_batch: MicroBatch) -> Losses:
+                out = self._generate(micro_batch, False) if shared_output is None else shared_output
                 with self._autocast():
-                    return self.model.discriminator_losses(part.batch, out, phase)
+                    return self.model.discriminator_losses(micro_batch.batch, out, phase)
 
-            terms |= self._descend(step, parts, judge, phase.discriminators)
+            terms |= self._optimizer_step(step, micro_batches, discriminator_losses, phase.discriminators)
         if generators_learn:
-            ran = [n for name, n in self.model.networks.items() if name not in phase.discriminators]
+            generator_networks = [
+                n for name, n in self.model.networks.items() if name not in phase.discriminators
+            ]
 
-            def complete(part: Part) -> Losses:
-                if alone is None:
-                    with still_spectral(ran if phase.discriminators else ()):  # they ran before, for those
-                        out = self._generate(part, True)
+            def generator_losses(micro_batch: MicroBatch) -> Losses:
+                if shared_output is None:
+                    # these networks ran before, for the discriminators' losses: no second power iteration
+                    with freeze_power_iteration(generator_networks if phase.discriminators else ()):
+                        out = self._generate(micro_batch, True)
                 else:
-                    out = alone
+                    out = shared_output
                 with self._autocast():
-                    return self.model.generator_losses(part.batch, out, phase)
+                    return self.model.generator_losses(micro_batch.batch, out, phase)
 
-            with _frozen(self.model.networks[name] for name in phase.discriminators):
-                terms |= self._descend(step, parts, complete, phase.generators)
+            with requires_grad_off(self.model.networks[name] for name in phase.discriminators):
+                terms |= self._optimizer_step(step, micro_batches, generator_losses, phase.generators)
         if self.ema_decay:
-            for key, value in self._averaged():
+            for key, value in self._ema_tensors():
                 if value.is_floating_point():
                     self.ema[key].lerp_(value, 1 - self.ema_decay)
                 else:
                     self.ema[key].copy_(value)
         return terms
 
-    def _parts(self, step: int, batch: dict[str, Any]) -> list[Part]:
-        """A rank's photographs, `at_once` at a time."""
-        mine, fair = len(batch["image"]), batch["whole"] / self.world
-        count = -(-mine // (self.at_once or mine))
-        parts = []
+    def _micro_batches(self, step: int, batch: dict[str, Any]) -> list[MicroBatch]:
+        """Split a rank's batch into micro-batches of at most `micro_batch_size` photographs."""
+        local_size, mean_local_size = len(batch["image"]), batch["global_size"] / self.world_size
+        count = -(-local_size // (self.micro_batch_size or local_size))
+        micro_batches = []
         for number in range(count):
-            own = slice(number * mine // count, (number + 1) * mine // count)
-            cut = {
-                key: value[own] if isinstance(value, Tensor) and value.ndim else value
+            indices = slice(number * local_size // count, (number + 1) * local_size // count)
+            fields = {
+                key: value[indices] if isinstance(value, Tensor) and value.ndim else value
                 for key, value in batch.items()
             }
-            place = (step, self.rank, number) if number else (step, self.rank)
-            seed = int(np.random.SeedSequence([self.seed, *place]).generate_state(1)[0])
-            parts.append(Part(cut, seed, len(cut["image"]) / fair))
-        return parts
+            seed_key = (step, self.rank, number) if number else (step, self.rank)
+            seed = int(np.random.SeedSequence([self.seed, *seed_key]).generate_state(1)[0])
+            micro_batches.append(MicroBatch(fields, seed, len(fields["image"]) / mean_local_size))
+        return micro_batches
 
-    def _generate(self, part: Part, learns: bool) -> dict[str, Tensor]:
-        """The same for the same part, with gradients or without."""
+    def _generate(self, micro_batch: MicroBatch, requires_grad: bool) -> dict[str, Tensor]:
+        """The model's output for a micro-batch. Seeded: the same with gradients as without."""
         assert self.phase is not None
-        torch.manual_seed(part.seed)
-        with torch.set_grad_enabled(learns), self._autocast():
-            return self.model.generate(part.batch, self.phase)
+        torch.manual_seed(micro_batch.seed)
+        with torch.set_grad_enabled(requires_grad), self._autocast():
+            return self.model.generate(micro_batch.batch, self.phase)
 
-    def _set_rates(self, phase: Phase, factor: float) -> None:
-        for name, optimiser in self.optimisers.items():
-            for group in optimiser.param_groups:
+    def _set_learning_rates(self, phase: Phase, factor: float) -> None:
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
                 group["lr"] = phase.lr[name] * self.lr_scale * factor
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16)
 
-    def enter(self, phase: Phase) -> Phase:
-        """Change to a phase: freeze and thaw its networks, and start their optimisers afresh."""
+    def enter_phase(self, phase: Phase) -> Phase:
+        """Switch to a phase: freeze and unfreeze its networks, and create new optimizers."""
         if self.phase is not phase:
             self.phase = phase
             self.model.set_phase(phase)
-            self._share_statistics()
+            self._broadcast_buffers()
             for parameter in self.model.parameters():
                 parameter.grad = None
             names = (*phase.discriminators, *phase.generators)
-            self.gradients = {name: _flat_gradient(self.model.networks[name]) for name in names}
-            self.optimisers = {name: self._optimiser(phase, name) for name in names}
+            self.flat_gradients = {name: flatten_gradients(self.model.networks[name]) for name in names}
+            self.optimizers = {name: self._make_optimizer(phase, name) for name in names}
         return phase
 
-    def _share_statistics(self) -> None:
-        """Rank 0's running statistics for all: a phase that uses them, as they are, is then the same function on every
-        rank, and what a checkpoint holds. While batch norm trains, each rank's are its own and used by nobody."""
-        if self.world > 1:
+    def _broadcast_buffers(self) -> None:
+        """Broadcast rank 0's running statistics.
+
+        A phase whose batch norm uses them is then the same function on every rank, and the one in the checkpoint.
+        While batch norm trains, each rank updates its own statistics and nothing reads them.
+        """
+        if self.world_size > 1:
             for buffer in self.model.networks.buffers():
                 dist.broadcast(buffer, src=0)
 
-    def _optimiser(self, phase: Phase, name: str) -> torch.optim.Optimizer:
+    def _make_optimizer(self, phase: Phase, name: str) -> torch.optim.Optimizer:
         parameters = [p for p in self.model.networks[name].parameters() if p.requires_grad]
-        if phase.optimiser == "adadelta":
+        if phase.optimizer == "adadelta":
             return torch.optim.Adadelta(parameters)
         return torch.optim.Adam(parameters, betas=phase.betas, fused=True)
 
-    def _descend(
-        self, step: int, parts: Iterable[Part], losses_of: Callable[[Part], Losses], names: Iterable[str]
+    def _optimizer_step(
+        self,
+        step: int,
+        micro_batches: Iterable[MicroBatch],
+        compute_losses: Callable[[MicroBatch], Losses],
+        network_names: Iterable[str],
     ) -> dict[str, Tensor]:
-        """One optimiser step on the weighted sum, with gradients averaged over the photographs of all ranks; the terms.
+        """One optimizer step on the weighted sum, with gradients averaged over all photographs; returns the terms.
 
-        A network's gradients lie in one flat tensor: one all_reduce instead of DDP's hooks, which change their
-        buckets after the first iteration, so that a resumed run would sum in another order and differ in its last
-        bits from three ranks up; and no memory is handed back and asked for again in every step.
+        A network's gradients lie in one flat tensor, which one all_reduce sums. DDP's hooks change their buckets
+        after the first iteration: a resumed run would sum in another order, and differ in its last bits from three
+        ranks up. The flat tensor also saves freeing and allocating the gradients in every step.
         """
         assert self.phase is not None
         weights = self.model.weights(self.phase)
-        flats = [self.gradients[name] for name in names]
-        for flat in flats:
-            flat.zero_()
+        gradients = [self.flat_gradients[name] for name in network_names]
+        for gradient in gradients:
+            gradient.zero_()
         terms: dict[str, Tensor] = {}
-        for number, part in enumerate(parts):
-            # one power iteration a step, whatever a forward pass holds
-            with still_spectral(self.model.networks.values() if number else ()):
-                losses = losses_of(part)
-            loss: Any = sum(weights[name] * value.to(flats[0]) for name, value in losses.items())
-            (loss * part.share).backward()
+        for number, micro_batch in enumerate(micro_batches):
+            # one power iteration per step, not per micro-batch
+            with freeze_power_iteration(self.model.networks.values() if number else ()):
+                losses = compute_losses(micro_batch)
+            loss: Any = sum(weights[name] * value.to(gradients[0]) for name, value in losses.items())
+            (loss * micro_batch.sample_fraction).backward()
             for name, value in losses.items():
-                counted = value.detach() * part.share
-                terms[name] = terms[name] + counted if name in terms else counted
-        for flat in flats:
-            if self.world > 1:
-                dist.all_reduce(flat)
-                flat /= self.world
-            if not torch.isfinite(flat.sum()):
-                raise NonFiniteLoss(self._blame(step, terms))
-        for name in names:
-            self.optimisers[name].step()
+                weighted = value.detach() * micro_batch.sample_fraction
+                terms[name] = terms[name] + weighted if name in terms else weighted
+        for gradient in gradients:
+            if self.world_size > 1:
+                dist.all_reduce(gradient)
+                gradient /= self.world_size
+            if not torch.isfinite(gradient.sum()):
+                raise NonFiniteLoss(self._nonfinite_message(step, terms))
+        for name in network_names:
+            self.optimizers[name].step()
         return terms
 
-    def _blame(self, step: int, losses: Mapping[str, Tensor]) -> str:
-        """Which terms are not finite, asked of all ranks: only some of them may have seen it."""
+    def _nonfinite_message(self, step: int, losses: Mapping[str, Tensor]) -> str:
+        """Name the non-finite terms of all ranks: the terms of this rank may all be finite."""
         bad = sorted(name for name, value in losses.items() if not torch.isfinite(value).all())
-        if self.world > 1:
-            gathered: list[list[str]] = [[] for _ in range(self.world)]
+        if self.world_size > 1:
+            gathered: list[list[str]] = [[] for _ in range(self.world_size)]
             dist.all_gather_object(gathered, bad)
             bad = sorted({name for names in gathered for name in names})
-        what = f"the loss term {', '.join(bad)}" if bad else f"the gradient of {', '.join(losses)}"
+        subject = f"the loss term {', '.join(bad)}" if bad else f"the gradient of {', '.join(losses)}"
         phase = self.phase.name if self.phase else "?"
         return (
-            f"{what} is not finite at step {step} (phase {phase}); nothing was changed by this step. "
+            f"{subject} is not finite at step {step} (phase {phase}); this step changed nothing. "
             "Lower train.lr_scale or the term's weight"
         )
 
     def _to_device(self, step: int, batch: Mapping[str, Any]) -> dict[str, Any]:
-        layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        moved: dict[str, Any] = {
-            key: _floats(torch.from_numpy(value).to(self.device, non_blocking=True), layout)
+        """The batch as float tensors on the device, with `global_size`, `mask_mean` and `uniform` for the model."""
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        tensors: dict[str, Any] = {
+            key: to_float_tensor(torch.from_numpy(value).to(self.device, non_blocking=True), memory_format)
             for key, value in batch.items()
             if isinstance(value, np.ndarray)
         }
-        moved.setdefault("edge", None)
-        moved["image"] = moved["image"].contiguous(memory_format=layout)
-        mine = len(moved["image"])
-        whole = moved["whole"] = batch.get("whole", self.world * mine)
-        part = batch.get("part", range(self.rank * mine, (self.rank + 1) * mine))
-        moved["mask_mean"] = self.mean(moved["mask"].mean() * (mine * self.world / whole))
-        numbers = np.random.default_rng([self.seed, step]).random((whole, UNIFORM))
-        moved["uniform"] = torch.from_numpy(numbers[part.start : part.stop]).to(moved["image"])
-        return moved
+        tensors.setdefault("edge", None)
+        tensors["image"] = tensors["image"].contiguous(memory_format=memory_format)
+        local_size = len(tensors["image"])
+        global_size = tensors["global_size"] = batch.get("global_size", self.world_size * local_size)
+        global_indices = batch.get("rank_slice", range(self.rank * local_size, (self.rank + 1) * local_size))
+        tensors["mask_mean"] = self.all_reduce_mean(
+            tensors["mask"].mean() * (local_size * self.world_size / global_size)
+        )
+        uniform = np.random.default_rng([self.seed, step]).random((global_size, RANDOMS_PER_SAMPLE))
+        tensors["uniform"] = torch.from_numpy(uniform[global_indices.start : global_indices.stop]).to(
+            tensors["image"]
+        )
+        return tensors
 
-    def mean(self, value: Tensor) -> Tensor:
-        """The mean over the ranks."""
-        if self.world > 1:
+    def all_reduce_mean(self, value: Tensor) -> Tensor:
+        """Mean over the ranks."""
+        if self.world_size > 1:
             value = value.clone()
             dist.all_reduce(value)
-            value /= self.world
+            value /= self.world_size
         return value
 
-    def total(self, count: int) -> int:
-        """The sum over the ranks."""
-        if self.world > 1:
+    def all_reduce_sum(self, count: int) -> int:
+        """Sum over the ranks."""
+        if self.world_size > 1:
             counts = torch.tensor(count, device=self.device)
             dist.all_reduce(counts)
             return int(counts)
         return count
 
-    def _averaged(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors the moving average follows: all but the discriminators'."""
-        judges = {name for phase in self.model.phases for name in phase.discriminators}
+    def _ema_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of all that the moving average tracks: every network but the discriminators."""
+        discriminators = {name for phase in self.model.phases for name in phase.discriminators}
         for name, network in self.model.networks.items():
-            if name not in judges:
+            if name not in discriminators:
                 for key, value in network.state_dict().items():
                     yield f"{name}.{key}", value
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Inside, the generators have their averaged weights, where the recipe asks for an average."""
-        own = {key: value.clone() for key, value in self._averaged()} if self.ema else {}
-        self._overwrite(self.ema)
+    def ema_weights(self) -> Iterator[None]:
+        """Inside this context the generators have their averaged weights, if the recipe asks for an average."""
+        trained_weights = {key: value.clone() for key, value in self._ema_tensors()} if self.ema else {}
+        self._copy_tensors(self.ema)
         try:
             yield
         finally:
-            self._overwrite(own)
+            self._copy_tensors(trained_weights)
 
     @torch.no_grad()
-    def _overwrite(self, values: Mapping[str, Tensor]) -> None:
-        for key, value in self._averaged():
+    def _copy_tensors(self, values: Mapping[str, Tensor]) -> None:
+        for key, value in self._ema_tensors():
             if key in values:
                 value.copy_(values[key])
 
     def state(self, step: int) -> dict[str, Any]:
-        """Everything the next step depends on, after `step` steps; loads with weights_only."""
+        """All that the next step depends on, after `step` steps. Can be loaded with weights_only."""
         return {
             "step": step,
             "seed": self.seed,
             "phase": self.phase.name if self.phase else None,
             "networks": self.model.networks.state_dict(),
-            "optimisers": {name: optimiser.state_dict() for name, optimiser in self.optimisers.items()},
+            "optimisers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "ema": self.ema,
         }
 
     def load(self, state: Mapping[str, Any]) -> int:
-        """Take over a state; returns the number of steps it has behind it."""
+        """Restore a state; returns the number of steps done."""
         self.model.networks.load_state_dict(state["networks"])
         self.ema = {key: value.to(self.device) for key, value in state["ema"].items()}
-        for phase, _, _ in self.schedule.parts:
+        for phase, _, _ in self.schedule.phase_spans:
             if phase.name == state["phase"]:
-                self.enter(phase)
-                for name, optimiser in self.optimisers.items():
-                    optimiser.load_state_dict(state["optimisers"][name])
-                    _lay_out(optimiser)
+                self.enter_phase(phase)
+                for name, optimizer in self.optimizers.items():
+                    optimizer.load_state_dict(state["optimisers"][name])
+                    match_memory_format(optimizer)
         return int(state["step"])
-
-
-def _floats(value: Tensor, layout: torch.memory_format) -> Tensor:
-    """What the stream gives as the model takes it: uint8 [B,H,W,3] -> float32 [B,3,H,W] in [0,1], and masks and edges
-    [B,H,W] -> [B,1,H,W]. Floats are that already."""
-    if value.is_floating_point():
-        return value
-    if value.ndim == 3:
-        return value.unsqueeze(1).float()
-    return value.permute(0, 3, 1, 2).to(torch.float32, memory_format=layout).mul_(1 / 255)
-
-
-def _flat_gradient(network: nn.Module) -> Tensor:
-    """One tensor for all gradients of a network; each parameter's `grad` is a view of its part."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    like = parameters[0]
-    flat = torch.zeros(sum(p.numel() for p in parameters), device=like.device, dtype=like.dtype)
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.as_strided(
-            parameter.shape, parameter.stride()
-        )  # channels_last, if that is the layout
-    return flat
-
-
-def _lay_out(optimiser: torch.optim.Optimizer) -> None:
-    """Give moments the memory layout of their parameters: fused Adam goes through both as they lie, and a state may
-    come from a learner with another layout."""
-    for parameter, state in optimiser.state.items():
-        for key, value in state.items():
-            if value.shape == parameter.shape and value.stride() != parameter.stride():
-                state[key] = torch.empty_like(parameter).copy_(value)
-
-
-@contextmanager
-def _sound_convolutions(bfloat16_on_cpu: bool) -> Iterator[None]:
-    """Without oneDNN where it is wrong: in bfloat16 it leaves parts of a weight's gradient unwritten when a strided
-    convolution's input is a single pixel (torch 2.13: seen on 5x5 kernels; plain kernels agree with float64)."""
-    if not bfloat16_on_cpu:
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the switch also touches TF32, and says so
-        with torch.backends.mkldnn.flags(enabled=False):
-            yield
-
-
-@contextmanager
-def _frozen(networks: Iterable[nn.Module]) -> Iterator[None]:
-    parameters = [p for network in networks for p in network.parameters() if p.requires_grad]
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)

@@ -1,5 +1,5 @@
-"""ContextualAttention beside its plain formulation by conv2d and conv_transpose2d, on one thread: seconds at the features
-of a 256 px photograph, peak memory at those of larger ones. `make bench` prints the table."""
+"""ContextualAttention against its plain formulation with conv2d and conv_transpose2d, on one thread: time for the features
+of a 256 px photograph, peak memory for those of larger ones. `make bench` prints the table."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from models.attention import ContextualAttention
 
-LIMIT = 6144  # MiB that a formulation may take
+LIMIT_MIB = 6144  # memory that a formulation may use
 
 
 def plain(foreground: Tensor, background: Tensor, mask: Tensor) -> Tensor:
-    """Patches as the kernels of convolutions, photograph by photograph, all scores at once."""
+    """Patches as convolution kernels, one photograph after another, all scores at once."""
     h, w = foreground.shape[2] // 2, foreground.shape[3] // 2
     eye = torch.eye(3)[None, None]
     ones = torch.ones(h * w, 1, 4, 4)
-    done = []
+    outputs = []
     for f, b, m in zip(foreground.split(1), background.split(1), mask.split(1)):
         kernels = F.unfold(b[:, :, ::2, ::2], 3, padding=1)[0].T
         kernels = kernels / kernels.norm(dim=1, keepdim=True).clamp_min(1e-4)
@@ -38,8 +38,8 @@ def plain(foreground: Tensor, background: Tensor, mask: Tensor) -> Tensor:
         attention = (10 * scores).masked_fill(~valid, -torch.inf).softmax(1).view(1, h * w, h, w)
         patches = F.unfold(b, 4, stride=2, padding=1)[0].T.reshape(h * w, -1, 4, 4)
         pasted = F.conv_transpose2d(attention, patches, stride=2, padding=1)
-        done.append(pasted / F.conv_transpose2d(attention.detach(), ones, stride=2, padding=1))
-    return torch.cat(done)
+        outputs.append(pasted / F.conv_transpose2d(attention.detach(), ones, stride=2, padding=1))
+    return torch.cat(outputs)
 
 
 def features(channels: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,65 +50,66 @@ def features(channels: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
     return f.requires_grad_(), b.requires_grad_(), mask
 
 
-def seconds(times: int = 7) -> dict[tuple[str, str], float]:
-    """The fastest of several calls, taken in turns: what the machine can do undisturbed."""
+def measure_seconds(repeats: int = 7) -> dict[tuple[str, str], float]:
+    """{(formulation, "forward" or "both"): seconds} of the fastest of several alternating calls."""
     f, b, mask = features(128, 64)
-    taken: dict[tuple[str, str], list[float]] = {}
-    for _ in range(times):
+    durations: dict[tuple[str, str], list[float]] = {}
+    for _ in range(repeats):
         for name, call in (("ours", ContextualAttention()), ("plain", plain)):
             start = time.perf_counter()
             with torch.no_grad():
                 call(f, b, mask)
-            taken.setdefault((name, "forward"), []).append(time.perf_counter() - start)
+            durations.setdefault((name, "forward"), []).append(time.perf_counter() - start)
             start = time.perf_counter()
             call(f, b, mask).sum().backward()
-            taken.setdefault((name, "both"), []).append(time.perf_counter() - start)
-    return {key: min(values) for key, values in taken.items()}
+            durations.setdefault((name, "both"), []).append(time.perf_counter() - start)
+    return {key: min(values) for key, values in durations.items()}
 
 
-def resident(field: str) -> float:
-    """This process's size in MiB: VmRSS now, VmHWM at most. (getrusage's maximum begins with the parent's.)"""
+def resident_mib(field: str) -> float:
+    """This process's resident memory: VmRSS is the current one, VmHWM the peak. (getrusage's peak includes the parent's.)"""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
-def limit(mib: int) -> None:
-    """Let this process ask for so much more memory and no more: the plain formulation takes all that the machine has
-    at 1024 px, and other processes with it."""
+def limit_memory(mib: int) -> None:
+    """Limit the memory that this process may still allocate: at 1024 px the plain formulation would use all of the
+    machine's and take other processes down."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    most = pages * resource.getpagesize() + mib * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    max_bytes = pages * resource.getpagesize() + mib * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (max_bytes, max_bytes))
 
 
-def measure(name: str, side: int) -> None:
-    """In a process of its own: MiB above what was there before, forward and then forward and backward; the limit where
-    that was not enough."""
+def print_peak_memory(name: str, side: int) -> None:
+    """Print the MiB by which memory grows for forward, then for forward and backward; the limit if it was exceeded. Runs
+    in a process of its own."""
     torch.set_num_threads(1)
     call = {"ours": ContextualAttention(), "plain": plain}[name]
-    call(*features(32, 16)).sum().backward()  # libraries loaded
+    call(*features(32, 16)).sum().backward()  # loads the libraries
     f, b, mask = features(32, side)
-    limit(LIMIT)
-    before = resident("VmRSS")
+    limit_memory(LIMIT_MIB)
+    before = resident_mib("VmRSS")
     for backward in (False, True):
         try:
             with torch.set_grad_enabled(backward):
-                done = call(f, b, mask)
+                output = call(f, b, mask)
             if backward:
-                done.sum().backward()
-            print(resident("VmHWM") - before, flush=True)
+                output.sum().backward()
+            print(resident_mib("VmHWM") - before, flush=True)
         except (RuntimeError, MemoryError) as error:
             if "memory" not in str(error) and not isinstance(error, MemoryError):
                 raise
-            print(float(LIMIT), flush=True)
+            print(float(LIMIT_MIB), flush=True)
 
 
-def memory(name: str, side: int) -> list[float]:
+def peak_memory(name: str, side: int) -> list[float]:
+    """MiB for forward, and for forward and backward."""
     command = [sys.executable, __file__, name, str(side)]
-    root = str(Path(__file__).parents[2])  # this tree's models, not those that may be installed
-    done = subprocess.run(
+    root = str(Path(__file__).parents[2])  # the models of this checkout, not installed ones
+    process = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": root}, stdout=subprocess.PIPE, text=True, check=True
     )
-    return [float(x) for x in done.stdout.split()]
+    return [float(x) for x in process.stdout.split()]
 
 
 @pytest.mark.benchmark
@@ -118,26 +119,28 @@ def test_attention_against_its_plain_formulation(capsys) -> None:
     f, b, mask = features(128, 64)
     torch.testing.assert_close(ContextualAttention()(f, b, mask), plain(f, b, mask), atol=1e-4, rtol=1e-4)
     rows = ["one thread, 256 px, 128 channels      ours ms  plain ms  ratio"]
-    taken = seconds()
-    for what in ("forward", "both"):
-        ours, theirs = (taken[name, what] * 1e3 for name in ("ours", "plain"))
-        rows.append(f"  {what:33s} {ours:9.1f} {theirs:9.1f} {theirs / ours:6.1f}")
+    seconds = measure_seconds()
+    for direction in ("forward", "both"):
+        ours, theirs = (seconds[name, direction] * 1e3 for name in ("ours", "plain"))
+        rows.append(f"  {direction:33s} {ours:9.1f} {theirs:9.1f} {theirs / ours:6.1f}")
     rows.append(
-        f"peak memory, 32 channels             ours MiB plain MiB  ratio (> : more than the {LIMIT} allowed)"
+        f"peak memory, 32 channels             ours MiB plain MiB  ratio (> : exceeded the limit of {LIMIT_MIB})"
     )
     ratios = []
     for side in (128, 256):
-        for what, ours, theirs in zip(("forward", "both"), memory("ours", side), memory("plain", side)):
-            more = ">" if theirs >= LIMIT else " "
+        for direction, ours, theirs in zip(
+            ("forward", "both"), peak_memory("ours", side), peak_memory("plain", side)
+        ):
+            over_limit = ">" if theirs >= LIMIT_MIB else " "
             ratios.append(theirs / ours)
             rows.append(
-                f"  {4 * side:4d} px {what:25s} {ours:9.0f} {more}{theirs:8.0f} {more}{ratios[-1]:5.1f}"
+                f"  {4 * side:4d} px {direction:25s} {ours:9.0f} {over_limit}{theirs:8.0f} {over_limit}{ratios[-1]:5.1f}"
             )
     with capsys.disabled():
         print("\nContextual attention", *rows, sep="\n")
-    assert all(taken["ours", what] <= taken["plain", what] for what in ("forward", "both"))
+    assert all(seconds["ours", direction] <= seconds["plain", direction] for direction in ("forward", "both"))
     assert min(ratios[2:]) >= 2
 
 
 if __name__ == "__main__":
-    measure(sys.argv[1], int(sys.argv[2]))
+    print_peak_memory(sys.argv[1], int(sys.argv[2]))

@@ -1,5 +1,5 @@
-"""Milliseconds a mask of every kind at 256 pixels on one core; the brush beside the code that DeepFill v2 released, and
-the random region beside drawing windows until one fits. `make bench` prints the table."""
+"""Milliseconds per mask of every kind at 256 pixels on one core; the brush against DeepFill v2's released code, the random
+region against rejection sampling of windows. `make bench` prints the table."""
 
 from __future__ import annotations
 
@@ -16,24 +16,23 @@ from data_prep.mask_shapes import _region_pattern
 from data_prep.masks import MASK_KINDS, make_mask
 
 SIDE, COUNT = 256, 300
-Draw = Callable[[np.random.Generator], np.ndarray]
+MakeMask = Callable[[np.random.Generator], np.ndarray]
 
 
-def milliseconds(draw: Draw, times: int = 5) -> float:
-    """Of a mask, in the best of several rounds over the same seeds; of this thread's own time, so that what else the
-    machine does is not counted."""
+def milliseconds(make: MakeMask, repeats: int = 5) -> float:
+    """Per mask, in the best of several rounds over the same seeds. Thread time, so that other load does not count."""
     seconds = []
-    for _ in range(times):
+    for _ in range(repeats):
         rngs = [np.random.default_rng(seed) for seed in range(COUNT)]
         start = time.thread_time()
         for rng in rngs:
-            draw(rng)
+            make(rng)
         seconds.append(time.thread_time() - start)
     return 1e3 * min(seconds) / COUNT
 
 
 def released_brush(rng: np.random.Generator) -> np.ndarray:
-    """papers.md 3.4 as the released code has it: a call for each number, a disc at each vertex."""
+    """docs/papers.md 3.4 as in the released code: one call per random number, a disc at each vertex."""
     mean_radius, mean_angle, jitter = math.sqrt(2 * SIDE * SIDE) / 8, 2 * math.pi / 5, 2 * math.pi / 15
     mask = Image.new("L", (SIDE, SIDE), 0)
     for _ in range(rng.integers(1, 4)):
@@ -57,7 +56,7 @@ def released_brush(rng: np.random.Generator) -> np.ndarray:
 
 
 def released_region(rng: np.random.Generator) -> np.ndarray:
-    """papers.md 1.3: windows of the pattern until one has more than 20 and less than 30 per cent hole."""
+    """docs/papers.md 1.3: sample windows of the pattern until one has more than 20 and less than 30 per cent hole."""
     pattern = _region_pattern(SIDE)
     while True:
         top, left = rng.integers(0, len(pattern) - SIDE + 1, 2)
@@ -67,18 +66,19 @@ def released_region(rng: np.random.Generator) -> np.ndarray:
 
 
 @pytest.mark.benchmark
-def test_masks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_speed_of_every_kind(capsys: pytest.CaptureFixture[str]) -> None:
     cv2.setNumThreads(1)
-    make_mask("region", SIDE, SIDE, np.random.default_rng(0))  # its pattern is made once a process
+    make_mask("region", SIDE, SIDE, np.random.default_rng(0))  # computes the cached pattern
     ours = {
         kind: milliseconds(lambda rng, kind=kind: make_mask(kind, SIDE, SIDE, rng)) for kind in MASK_KINDS
     }
-    plain = {"brush": milliseconds(released_brush), "region": milliseconds(released_region)}
+    released = {"brush": milliseconds(released_brush), "region": milliseconds(released_region)}
     rows = [
-        f"{kind:<15}{ms:6.3f}" + (f"{plain[kind]:10.3f}{plain[kind] / ms:7.1f}" if kind in plain else "")
+        f"{kind:<15}{ms:6.3f}"
+        + (f"{released[kind]:10.3f}{released[kind] / ms:7.1f}" if kind in released else "")
         for kind, ms in ours.items()
     ]
     with capsys.disabled():
         print(f"\nMasks of {SIDE} px, one thread\nkind              ms  released  ratio", *rows, sep="\n")
-    assert plain["brush"] / ours["brush"] >= 1.3
-    assert plain["region"] / ours["region"] >= 2
+    assert released["brush"] / ours["brush"] >= 1.3
+    assert released["region"] / ours["region"] >= 2

@@ -1,5 +1,5 @@
-"""Sharding beside a bare loop that decodes, resizes and encodes the same photographs; two workers beside one; and what
-a worker holds in memory after a thousand photographs and after fifty thousand."""
+"""Sharding against a bare loop that decodes, resizes and encodes the same photographs; two workers against one; and a
+worker's peak memory after a thousand and after fifty thousand photographs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import pytest
 import ray
 from photographs import Crops
 
-from data_prep.preparing import ShardOptions
-from data_prep.shards import write_slice
+from data_prep.preprocess import ShardOptions
+from data_prep.shards import write_partition_tars
 from data_prep.storage import open_storage
-from pipelines.data.fanout import shard_photographs
+from pipelines.data.shard_tasks import shard_photographs
 
 OPTIONS = ShardOptions(size=256)
-MANY, FEW = 50_000, 1_000
+MANY_PHOTOS, FEW_PHOTOS = 50_000, 1_000
 
 
-def best(call: Callable[[], object], times: int = 4) -> float:
+def best_seconds(call: Callable[[], object], repeats: int = 4) -> float:
     seconds = []
-    for _ in range(times):
+    for _ in range(repeats):
         start = time.perf_counter()
         call()
         seconds.append(time.perf_counter() - start)
@@ -45,8 +45,8 @@ def test_one_worker_against_a_bare_loop(tmp_path: Path, capsys: pytest.CaptureFi
             photo = cv2.imdecode(np.frombuffer(source.read(name), np.uint8), cv2.IMREAD_COLOR)
             cv2.imencode(".jpg", cv2.resize(photo, (341, 256), interpolation=cv2.INTER_AREA), settings)
 
-    ours = best(lambda: write_slice(source, names, 0, open_storage(tmp_path), OPTIONS))
-    theirs = best(bare)
+    ours = best_seconds(lambda: write_partition_tars(source, names, 0, open_storage(tmp_path), OPTIONS))
+    theirs = best_seconds(bare)
     with capsys.disabled():
         print(f"\nSharding, one core: {500 / ours:.0f} photographs/s, bare loop {500 / theirs:.0f}/s")
         print(f"ratio {theirs / ours:.2f}")
@@ -63,12 +63,14 @@ def test_two_workers_against_one(tmp_path: Path, capsys: pytest.CaptureFixture[s
     seconds = {}
     for workers in (1, 2, 1, 2):
         with ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False):
-            warm = open_storage(tmp_path / f"warm-{workers}-{len(seconds)}")
-            shard_photographs(str(folder), warm, OPTIONS, 125, lambda *_: None)  # starts the workers
+            warm_up = open_storage(tmp_path / f"warm-{workers}-{len(seconds)}")
+            shard_photographs(str(folder), warm_up, OPTIONS, 125, lambda *_: None)  # starts the workers
             out = open_storage(tmp_path / f"out-{workers}-{len(seconds)}")
-            took = best(lambda out=out: shard_photographs(str(folder), out, OPTIONS, 125, lambda *_: None), 1)
-            seconds[workers] = min(seconds.get(workers, took), took)
-            warm.delete_tree("slices")
+            duration = best_seconds(
+                lambda out=out: shard_photographs(str(folder), out, OPTIONS, 125, lambda *_: None), 1
+            )
+            seconds[workers] = min(seconds.get(workers, duration), duration)
+            warm_up.delete_tree("partitions")
     ratio = seconds[1] / seconds[2]
     with capsys.disabled():
         print(
@@ -77,35 +79,38 @@ def test_two_workers_against_one(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert ratio >= 1.7
 
 
-WORKER = r"""
+WORKER_SCRIPT = r"""
 import re, sys
 from photographs import Crops
-from data_prep.preparing import ShardOptions
-from data_prep.shards import write_slice
+from data_prep.preprocess import ShardOptions
+from data_prep.shards import write_partition_tars
 from data_prep.storage import open_storage
 count, folder = int(sys.argv[1]), sys.argv[2]
 source, out = Crops(count), open_storage(folder)
 names = source.names()
 for number in range(count // 1000):
-    part = write_slice(source, names[number::count // 1000], number, out, ShardOptions(size=256))
-    for entry in part["shards"]:
-        out.delete(entry["name"])
+    result = write_partition_tars(source, names[number::count // 1000], number, out, ShardOptions(size=256))
+    for entry in result.shards:
+        out.delete(entry.name)
 print(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read())[1])
 """
 
 
 @pytest.mark.benchmark
 @pytest.mark.timeout(1200)
-def test_a_workers_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_peak_memory_of_a_worker(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     peaks = {}
-    for count in (FEW, MANY):
-        command = [sys.executable, "-c", WORKER, str(count), str(tmp_path)]
-        done = subprocess.run(
+    for count in (FEW_PHOTOS, MANY_PHOTOS):
+        command = [sys.executable, "-c", WORKER_SCRIPT, str(count), str(tmp_path)]
+        process = subprocess.run(
             command, capture_output=True, text=True, check=True, env={"PYTHONPATH": ":".join(sys.path)}
         )
-        peaks[count] = int(done.stdout) / 1024
+        peaks[count] = int(process.stdout) / 1024
     with capsys.disabled():
-        print(f"\nA sharding worker's peak memory: {peaks[FEW]:.0f} MB after {FEW} photographs,", end=" ")
-        print(f"{peaks[MANY]:.0f} MB after {MANY}")
-    assert peaks[MANY] < 400
-    assert peaks[MANY] < 1.1 * peaks[FEW]
+        print(
+            f"\nA sharding worker's peak memory: {peaks[FEW_PHOTOS]:.0f} MB after {FEW_PHOTOS} photographs,",
+            end=" ",
+        )
+        print(f"{peaks[MANY_PHOTOS]:.0f} MB after {MANY_PHOTOS}")
+    assert peaks[MANY_PHOTOS] < 400
+    assert peaks[MANY_PHOTOS] < 1.1 * peaks[FEW_PHOTOS]

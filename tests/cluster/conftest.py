@@ -1,22 +1,39 @@
-"""Fixtures of the cluster tests: real photographs under awkward names, and runs on them."""
+"""Fixtures of the cluster tests: real photographs with awkward names, and runs on them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import psutil
 import pytest
-from harness import Finished, Run, family, kill
 from xdist.scheduler import LoadFileScheduling
 
-from data_prep.sources import decode_photo, open_source
+from data_prep.images import decode_photo
+from data_prep.sources import open_source
+from support.cluster_harness import DEMO, CliRun, FinishedDemo, kill_processes, process_tree, wait_for
+
+# By default Ray's workers have a low priority (nice 15). Beside the other test process and the drivers they would
+# starve, and tests that wait for them would time out.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 # longest first
-ORDER = ("test_faults", "test_chain_kill", "test_commands", "test_sweep", "test_jobs", "test_data")
-# in one process, for the run of `finished`, to which the second adds its own
-TOGETHER = ("test_chain_kill", "test_commands")
+ORDER = (
+    "test_faults",
+    "test_chain_kill",
+    "test_commands",
+    "test_reported_cases",
+    "test_pages",
+    "test_jobs",
+    "test_sweep",
+    "test_examples",
+    "test_data",
+)
+# in one process, because they share the run of `finished`
+TOGETHER = ("test_chain_kill", "test_commands", "test_reported_cases", "test_pages")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,43 +52,57 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Schedulin
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """72 real photographs under awkward names, and four files that are none."""
+    """72 real photographs with awkward names, a quarter of them in a linked folder; four unreadable files and a Mac's
+    companion files."""
     folder = tmp_path_factory.mktemp("photographs")
-    source = open_source("bundled", tile=96)
+    (folder / "sub").symlink_to(tmp_path_factory.mktemp("elsewhere"))
+    (folder / "loop").symlink_to(".")
+    source = open_source("bundled", tile_size=96)
     for index, name in enumerate(source.names()[::4][:72]):
         photo = decode_photo(source.read(name))
-        awkward = ["a b {}.png", "é{}.png", "..{}.png", "sub/deep.{}.png"][index % 4].format(index)
-        path = folder / awkward
-        path.parent.mkdir(exist_ok=True)
+        file_name = ["a b {}.png", "é{}.png", "..{}.png", "sub/deep.{}.png"][index % 4].format(index)
+        path = folder / file_name
         path.write_bytes(cv2.imencode(".png", photo[..., ::-1])[1].tobytes())
-    whole = (folder / "a b 0.png").read_bytes()
-    (folder / "truncated.png").write_bytes(whole[: len(whole) // 2])
+    png = (folder / "a b 0.png").read_bytes()
+    (folder / "truncated.png").write_bytes(png[: len(png) // 2])
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "notes.txt").write_text("no photograph")
+    (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    (folder / "._a b 0.png").write_bytes(b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        ")
     (folder / "dot.png").write_bytes(cv2.imencode(".png", photo[:1, :1])[1].tobytes())
     return folder
 
 
 @pytest.fixture(scope="session")
-def finished(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
-    """An uninterrupted run of both models, shared by the tests that only look at one."""
-    run = Run(tmp_path_factory.mktemp("finished"))
-    run.recipe["data"]["source"] = str(photographs)
-    assert run.finish() == 0, run.output
-    return Finished(run, {model: run.weights(model) for model in run.recipe["models"]}, run.points())
+def finished(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedDemo:
+    """A short version of the README's run of both models, in a folder with an awkward name that contains `photos`.
+
+    For tests that only read a finished run. While it ran, the same command was started a second time.
+    """
+    run = CliRun(tmp_path_factory.mktemp("finished") / "r%20a?1", recipe_arguments=DEMO)
+    (run.folder / "photos").symlink_to(photographs)
+    driver = run.start(storage=False)  # the default, `runs`
+    wait_for(lambda: any(run.storage.glob("leases/*")), "the lease of the whole run", driver)
+    second = replace(run)
+    second_status = second.finish(second.start(storage=False))
+    assert run.finish(driver) == 0, run.output
+    assert run.exposed_listeners == set()
+    return FinishedDemo(run, driver.pid, second, second_status)
 
 
 @pytest.fixture
-def make_run(photographs: Path, tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    made: list[Run] = []
+def make_run(photographs: Path, tmp_path: Path) -> Iterator[Callable[..., CliRun]]:
+    runs: list[CliRun] = []
 
-    def make(name: str, **changes: object) -> Run:
-        run = Run(tmp_path / name)
+    def make(name: str, **changes: object) -> CliRun:
+        run = CliRun(tmp_path / name)
         run.recipe["data"]["source"] = str(photographs)
         run.recipe |= changes
-        made.append(run)
+        runs.append(run)
         return run
 
     yield make
-    mine = [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
-    kill([member for process in mine for member in family(process.pid)])
+    processes = [
+        p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])
+    ]
+    kill_processes([member for process in processes for member in process_tree(process.pid)])

@@ -1,4 +1,4 @@
-"""The whole chain under kill -9: nothing finished is repeated, training ends with the same bits, nothing is logged twice."""
+"""The whole pipeline under kill -9: finished steps are not repeated, weights are bit-identical, nothing is logged twice."""
 
 from __future__ import annotations
 
@@ -9,120 +9,141 @@ from contextlib import suppress
 
 import psutil
 import pytest
-from harness import Finished, Run, family, kill, wait_for
+from mlflow import MlflowClient
+
+from data_prep.uris import sqlite_url
+from support.cluster_harness import CliRun, FinishedDemo, kill_processes, process_tree, wait_for
+from support.mlflow_curves import check_curves, check_not_ahead_of_checkpoints
 
 pytestmark = pytest.mark.timeout(600)
 
 
 def workers(pid: int) -> list[psutil.Process]:
-    """The training workers among a driver's descendants, any of which may end while we look."""
-    found = []
-    for process in family(pid):
+    """The training workers among a driver's descendants, any of which may end during the search."""
+    workers = []
+    for process in process_tree(pid):
         with suppress(psutil.Error):
             if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process)
-    return found
+                workers.append(process)
+    return workers
 
 
 @pytest.mark.soak
-def test_killed_anywhere_the_next_run_continues_and_ends_like_an_uninterrupted_one(
-    finished: Finished, make_run: Callable[..., Run]
+def test_a_killed_run_resumes_and_ends_with_the_same_bits(
+    make_run: Callable[..., CliRun],
 ) -> None:
-    run = make_run("killed")
+    undisturbed, run = make_run("calm"), make_run("killed")
+    assert undisturbed.finish() == 0, undisturbed.output
 
-    # the driver, in the middle of both trainings
+    # kill the driver during both training steps
     driver = run.start()
     wait_for(
-        lambda: run.latest("edge_connect") and run.latest("context_encoder"),
+        lambda: run.latest_checkpoint("edge_connect") and run.latest_checkpoint("context_encoder"),
         "two checkpoints",
         driver,
     )
-    done = run.manifests()
-    assert len(done) >= 2  # shards and edges
+    manifests = run.manifests()
+    assert len(manifests) >= 2  # shards and edges
     driver.kill()
     driver.wait()
 
-    # a worker, which Ray Train replaces by itself, and then everything at once
-    before = run.latest("edge_connect")
+    # kill a worker, which Ray Train replaces, and then all processes at once
+    checkpoint = run.latest_checkpoint("edge_connect")
     driver = run.start()
     wait_for(
-        lambda: run.latest("edge_connect") > before and workers(driver.pid),
+        lambda: run.latest_checkpoint("edge_connect") > checkpoint and workers(driver.pid),
         "a training worker",
         driver,
     )
-    kill(workers(driver.pid)[:1])
-    reached = run.latest("edge_connect")
+    kill_processes(workers(driver.pid)[:1])
+    later_checkpoint = run.latest_checkpoint("edge_connect")
     wait_for(
-        lambda: run.latest("edge_connect") > reached,
-        "going on",
+        lambda: run.latest_checkpoint("edge_connect") > later_checkpoint,
+        "a later checkpoint",
         driver,
     )
-    kill(family(driver.pid))
+    kill_processes(process_tree(driver.pid))
     driver.wait()
+    assert check_not_ahead_of_checkpoints(run.storage) > 0
 
     assert run.finish() == 0, run.output
-    for path, was in done.items():
-        assert run.manifests()[path] == was  # found finished, not done again
+    for path, content in manifests.items():
+        assert run.manifests()[path] == content  # cached, not run again
     for model in run.recipe["models"]:
-        assert run.weights(model) == finished.weights[model], f"{model} ended with other bits"
+        assert run.weights_digest(model) == undisturbed.weights_digest(model), (
+            f"{model} ended with other bits"
+        )
 
     check_traces(run)
-    assert run.points() == finished.points
+    assert run.count_points() == undisturbed.count_points()
 
 
-def check_traces(run: Run) -> None:
-    doubled = run.rows("select run_uuid, key, step, count(*) n from metrics group by 1, 2, 3 having n > 1")
-    assert doubled == []
-    versions = run.rows("select name, count(*) from model_versions group by name")
-    assert sorted(versions) == [(name, 1) for name in sorted(run.recipe["models"])]
-    assert run.leftovers() == []
+def check_traces(run: CliRun) -> None:
+    assert check_curves(run.storage) == 2
+    duplicates = run.query_mlflow(
+        "select run_uuid, key, step, count(*) n from metrics group by 1, 2, 3 having n > 1"
+    )
+    assert duplicates == []
+    versions = run.query_mlflow("select name, count(*) from model_versions group by name")
+    assert sorted(versions) == [("context_encoder", 1), ("edge_connect", 1)]
+    assert run.unpublished_files() == []
     for path in run.storage.glob("work/*/stable/*.tar"):
         with tarfile.open(path) as tar:
             assert tar.getnames()
-    steps = run.rows("select value, count(*) from tags where key = 'inpaint.key' group by value")
-    assert all(count == 1 for _, count in steps)  # one MLflow run a step, however often it was tried
-    (parents,) = run.rows("select count(*) from tags where key = 'mlflow.parentRunId'")
+    steps = run.query_mlflow("select value, count(*) from tags where key = 'inpaint.key' group by value")
+    assert all(count == 1 for _, count in steps)  # one MLflow run per step, whatever the number of attempts
+    (parents,) = run.query_mlflow("select count(*) from tags where key = 'mlflow.parentRunId'")
     assert parents[0] == len(steps) - 1
 
 
-def test_run_again_everything_is_found_finished_without_ray(finished: Finished) -> None:
+def test_a_second_run_is_cached_and_starts_no_ray(finished: FinishedDemo) -> None:
     run = finished.run
+    check_traces(run)
     (manifest,) = run.storage.glob("work/*-shard/stable/manifest.json")
-    rejects = {reject["name"]: reject["reason"] for reject in json.loads(manifest.read_text())["rejects"]}
+    shards = json.loads(manifest.read_text())
+    assert {kind: entry["count"] for kind, entry in shards["left_out"].items()} == {
+        "companions": 2,
+        "repeated folders": 1,
+    }
+    report = next(run.storage.glob("reports/*.html"))
+    for text in (run.output, report.read_text()):
+        assert "2 companions (.DS_Store, ._a b 0.png)" in text
+        assert "1 repeated folder (loop/: the same folder as the source itself)" in text
+    rejects = {reject["name"]: reject["reason"] for reject in shards["rejects"]}
     assert set(rejects) == {"truncated.png", "empty.jpg", "notes.txt", "dot.png"}
-    before, points = run.manifests(), run.rows("select count(*) from metrics")
-    driver = run.start()
-    started: set[str] = set()
+    manifests, points = run.manifests(), run.query_mlflow("select count(*) from metrics")
+    driver = run.start(storage=False)
+    started_processes: set[str] = set()
     while driver.poll() is None:
-        started.update(name for p in family(driver.pid) if "raylet" in (name := _name(p)))
+        started_processes.update(name for p in process_tree(driver.pid) if "raylet" in (name := _name(p)))
     assert run.finish(driver) == 0
-    assert "found finished" in run.output
+    assert "all steps are cached" in run.output
     assert "PSNR" in run.output
-    assert started == set()
-    assert run.manifests() == before
-    assert run.rows("select count(*) from metrics") == points
-
-    # a version that somebody deleted is registered again, and nothing else is done again
-    from mlflow import MlflowClient
-
-    MlflowClient(f"sqlite:///{run.storage}/mlflow.db").delete_model_version("context_encoder", "1")
-    assert run.finish() == 0, run.output
-    again = run.manifests()
-    changed = {path for path in before if again[path] != before[path]}
-    assert changed == {path for path in before if path.endswith("register-context_encoder.json")}
-    living = "name = 'context_encoder' and current_stage != 'Deleted_Internal'"
-    assert run.rows(f"select version from model_versions where {living}") == [(2,)]
+    assert started_processes == set()
+    assert run.manifests() == manifests
+    assert run.query_mlflow("select count(*) from metrics") == points
 
 
-def test_a_second_driver_on_the_same_storage_is_told_so_in_one_line(make_run: Callable[..., Run]) -> None:
-    run = make_run("busy")
-    first = run.start()
-    wait_for(lambda: run.manifests(), "the first step", first)
-    assert run.finish(run.start()) == 1
-    (line,) = [line for line in run.output.splitlines() if line.startswith("inpaint run:")]
-    assert str(first.pid) in line
-    kill(family(first.pid))
-    first.wait()
+@pytest.mark.soak
+def test_a_deleted_version_is_registered_again_and_no_other_step_runs(
+    finished: FinishedDemo,
+) -> None:
+    run = finished.run
+    manifests_before = run.manifests()
+    MlflowClient(sqlite_url(run.storage / "mlflow.db")).delete_model_version("context_encoder", "1")
+    assert run.finish(run.start(storage=False)) == 0, run.output
+    manifests_after = run.manifests()
+    changed = {path for path in manifests_before if manifests_after[path] != manifests_before[path]}
+    assert changed == {path for path in manifests_before if path.endswith("register-context_encoder.json")}
+    condition = "name = 'context_encoder' and current_stage != 'Deleted_Internal'"
+    assert run.query_mlflow(f"select version from model_versions where {condition}") == [(2,)]
+
+
+def test_a_second_driver_on_the_same_storage_fails_in_one_line(finished: FinishedDemo) -> None:
+    assert finished.second_exit_status == 1
+    (line,) = [line for line in finished.second_run.output.splitlines() if line.startswith("inpaint run:")]
+    assert str(finished.driver_pid) in line
+    assert "starting Ray" not in finished.second_run.output
 
 
 def _name(process: psutil.Process) -> str:

@@ -1,5 +1,6 @@
-"""kill -9 of whatever works on a workflow; the next run goes on, and what was finished is not touched."""
+"""kill -9 of every process of a workflow: the next run resumes it, and finished steps are not touched."""
 
+import importlib
 import json
 import os
 import signal
@@ -13,51 +14,82 @@ import pytest
 
 from data_prep.storage import open_storage
 from pipelines.durable import lease
-from pipelines.durable.steps import Step, StepStatus, Workflow
+from pipelines.durable.runner import run_workflow
+from pipelines.durable.steps import StepId
+from pipelines.durable.workflow import StepStatus, Workflow
 
 DEADLINE = 90.0
 NAMES = ("one", "two", "three", "four")
 
-# Each step writes half of its work, tells its process and driver, and waits for a gate that the test opens.
+# Each step writes half of its output, then a file with its pid, and waits for a file that the test creates.
 DRIVER = """
 import os, sys, time
+from dataclasses import dataclass
 import ray
 from data_prep.storage import open_storage
-from pipelines.durable.steps import Step, Workflow
+from pipelines.durable.runner import run_workflow
+from pipelines.durable.steps import Step, StepId
+from pipelines.durable.workflow import Workflow
+
+
+@dataclass(frozen=True)
+class Config:
+    pass
+
+
+@dataclass(frozen=True)
+class Outputs:
+    files: tuple[str, ...]
+    sum: int
+
+
+@dataclass(frozen=True)
+class Inputs:
+    before: Outputs | None = None
 
 
 def work(ctx):
-    ctx.storage.write(f"{ctx.work}/half.txt", b"half")
-    ctx.storage.write(f"{ctx.stable}/{ctx.attempt}.txt", b"checkpoint")
-    signs = ctx.storage.path("signs")
-    (ctx.storage.path(ctx.work) / ".tmp-left").write_bytes(b"")
-    ctx.storage.write(f"signs/{ctx.name}.{ctx.attempt}", str(os.getpid()).encode())
-    while not (signs / f"{ctx.name}.go").exists():
+    ctx.storage.write(f"{ctx.attempt_folder}/half.txt", b"half")
+    ctx.storage.write(f"{ctx.persistent_folder}/{ctx.attempt}.txt", b"checkpoint")
+    gates = ctx.storage.local_path("gates")
+    (ctx.storage.local_path(ctx.attempt_folder) / ".tmp-left").write_bytes(b"")
+    ctx.storage.write(f"gates/{ctx.name}.{ctx.attempt}", str(os.getpid()).encode())
+    while not (gates / f"{ctx.name}.go").exists():
         time.sleep(0.01)
-        os.utime(signs / f"{ctx.name}.{ctx.attempt}")
-    (ctx.storage.path(ctx.work) / ".tmp-left").unlink()
-    ctx.storage.write(f"{ctx.work}/whole.txt", b"whole")
-    count = 1 + sum(value["sum"] for value in ctx.inputs.values())
-    return {"outputs": [f"{ctx.work}/half.txt", f"{ctx.work}/whole.txt"], "sum": count}
+        os.utime(gates / f"{ctx.name}.{ctx.attempt}")
+    (ctx.storage.local_path(ctx.attempt_folder) / ".tmp-left").unlink()
+    ctx.storage.write(f"{ctx.attempt_folder}/whole.txt", b"whole")
+    count = 1 + (ctx.inputs.before.sum if ctx.inputs.before else 0)
+    return Outputs(tuple(f"{ctx.attempt_folder}/{name}.txt" for name in ("half", "whole")), count)
 
 
-names = ("one", "two", "three", "four")
-steps = [Step(name, work, {}, names[:n][-1:]) for n, name in enumerate(names)]
-workflow = Workflow("killed", steps, open_storage(sys.argv[1]))
-ray.init(address="local", include_dashboard=False, num_cpus=2, log_to_driver=False)
-try:
-    print(workflow.run()["four"]["sum"], flush=True)
-except Exception as error:
-    sys.exit(f"{type(error).__name__}: {error}")
+def chain(uri):
+    names = ("one", "two", "three", "four")
+    before = [{}, *({"before": StepId(name)} for name in names)]
+    steps = [
+        Step(StepId(name), "driver:work", Config(), inputs, Inputs, Outputs)
+        for name, inputs in zip(names, before)
+    ]
+    return Workflow("killed", steps, open_storage(uri))
+
+
+if __name__ == "__main__":
+    import driver  # by the name that the workers know it by
+
+    ray.init(address="local", include_dashboard=False, num_cpus=2, log_to_driver=False)
+    try:
+        print(run_workflow(driver.chain(sys.argv[1]))[StepId("four")].sum, flush=True)
+    except Exception as error:
+        sys.exit(f"{type(error).__name__}: {error}")
 """
 
 
 class Run:
-    """A driver in its own process group, on its own Ray."""
+    """A driver in its own process group, with its own Ray."""
 
     def __init__(self, folder: Path, **env: str) -> None:
         self.storage = open_storage(folder / "runs")
-        self.signs = folder / "runs/signs"
+        self.gates = folder / "runs/gates"
         script = folder / "driver.py"
         script.write_text(DRIVER)
         with open(folder / "log.txt", "a") as log:
@@ -72,44 +104,44 @@ class Run:
         self.log = folder / "log.txt"
         self.pids: set[int] = set()
 
-    def begun(self, step: str, attempt: int) -> int:
-        """Wait for an attempt; the process that works on it."""
-        self.wait(lambda: (self.signs / f"{step}.{attempt}").exists(), f"{step}.{attempt}")
-        pid = int((self.signs / f"{step}.{attempt}").read_text())
+    def wait_for_attempt(self, step: str, attempt: int) -> int:
+        """Wait until an attempt runs; returns the pid of its process."""
+        self.wait(lambda: (self.gates / f"{step}.{attempt}").exists(), f"{step}.{attempt}")
+        pid = int((self.gates / f"{step}.{attempt}").read_text())
         self.pids |= {pid, *self.children()}
         return pid
 
     def open(self, *steps: str) -> None:
         for step in steps:
-            (self.signs / f"{step}.go").touch()
+            (self.gates / f"{step}.go").touch()
 
     def children(self, name: str = "") -> list[int]:
-        found = subprocess.run(
+        result = subprocess.run(
             ["ps", "-o", "pid=,comm=", "--ppid", str(self.process.pid)],
             capture_output=True,
             text=True,
             check=False,
         )
-        rows = [line.split(None, 1) for line in found.stdout.splitlines()]
+        rows = [line.split(None, 1) for line in result.stdout.splitlines()]
         return [int(pid) for pid, command in rows if command.startswith(name)]
 
-    def ended(self) -> int:
+    def wait_for_exit(self) -> int:
         return self.process.wait(timeout=DEADLINE)
 
-    def wait(self, condition, what: str) -> None:
+    def wait(self, condition, event: str) -> None:
         deadline = time.monotonic() + DEADLINE
         while not condition():
             assert self.process.poll() is None, (
-                f"the driver ended before {what}: {self.log.read_text()[-2000:]}"
+                f"the driver ended before {event}: {self.log.read_text()[-2000:]}"
             )
-            assert time.monotonic() < deadline, f"no {what}"
+            assert time.monotonic() < deadline, f"no {event}"
             time.sleep(0.01)
 
-    def all_gone(self) -> None:
-        """Every process of the run dies by itself once its driver is dead."""
+    def wait_for_processes(self) -> None:
+        """Wait until all processes of the run have died; they do so once the driver is dead."""
         deadline = time.monotonic() + DEADLINE
         while alive := [pid for pid in self.pids if running(pid)]:
-            assert time.monotonic() < deadline, f"{alive} live on"
+            assert time.monotonic() < deadline, f"{alive} are still running"
             time.sleep(0.02)
 
 
@@ -137,72 +169,77 @@ def start(tmp_path):
 
 
 @pytest.fixture
-def workflow(tmp_path) -> Workflow:
-    steps = [Step(name, print, {}, NAMES[:n][-1:]) for n, name in enumerate(NAMES)]
-    return Workflow("killed", steps, open_storage(tmp_path / "runs"))
+def workflow(tmp_path, monkeypatch) -> Workflow:
+    """The workflow of the driver."""
+    (tmp_path / "driver.py").write_text(DRIVER)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "driver", raising=False)
+    killed: Workflow = importlib.import_module("driver").chain(str(tmp_path / "runs"))
+    monkeypatch.delitem(sys.modules, "driver")
+    return killed
 
 
 def manifests(workflow: Workflow) -> dict[str, tuple[int, int, bytes]]:
-    folder = workflow.storage.path("manifests")
+    folder = workflow.storage.local_path("manifests")
     return {
         path.name: (path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes())
         for path in folder.iterdir()
     }
 
 
-def check_left(workflow: Workflow, finished: int) -> None:
-    """After a kill: whole manifests of the finished steps alone, and no lease that anybody holds."""
-    found = manifests(workflow)
-    assert len(found) == finished
-    for _, _, text in found.values():
+def check_storage(workflow: Workflow, finished: int) -> None:
+    """After a kill: complete manifests of the finished steps only, and no held lease."""
+    contents = manifests(workflow)
+    assert len(contents) == finished
+    for _, _, text in contents.values():
         assert json.loads(text)["value"]["sum"] <= finished
     assert [s.state for s in workflow.plan()][:finished] == ["finished"] * finished
-    for path in workflow.storage.path("leases").iterdir():
-        assert lease.holder(workflow.storage, path.stem) is None
+    for path in workflow.storage.local_path("leases").iterdir():
+        assert lease.current_holder(workflow.storage, path.stem) is None
 
 
-def test_whatever_is_killed_the_next_run_goes_on(start, workflow, tmp_path):
-    # The driver, in the middle of step two of four.
+def test_a_run_resumes_after_any_process_is_killed(start, workflow, tmp_path):
+    # Kill the driver during step two of four.
     run = start()
-    run.begun("one", 1)
+    run.wait_for_attempt("one", 1)
     run.open("one")
-    stray = run.begun("two", 1)
+    orphan = run.wait_for_attempt("two", 1)
     os.kill(run.process.pid, signal.SIGKILL)
-    run.ended()
-    check_left(workflow, finished=1)
+    run.wait_for_exit()
+    check_storage(workflow, finished=1)
     first = manifests(workflow)
     two = workflow.plan()[1]
-    assert (two.state, two.why) == ("to run", "attempt 1: interrupted: its driver died")
+    assert (two.state, two.reason) == ("to run", "attempt 1: interrupted: its driver died")
 
-    # The driver and all of its Ray, in the middle of step three: nothing is left to tidy up.
+    # Kill the driver and all Ray processes during step three: nothing is left to clean up.
     run = start()
-    run.begun("two", 2)
-    assert not running(stray)  # Ray ended it with its driver
+    run.wait_for_attempt("two", 2)
+    assert not running(orphan)  # Ray ended it with its driver
     run.open("two")
-    run.begun("three", 1)
+    run.wait_for_attempt("three", 1)
     for pid in [run.process.pid, *run.pids]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    run.ended()
-    check_left(workflow, finished=2)
+    run.wait_for_exit()
+    check_storage(workflow, finished=2)
     assert first.items() <= manifests(workflow).items()
     second = manifests(workflow)
 
-    # The process that works on a step: the same driver tries again.
+    # Kill the process of a step: the same driver retries.
     run = start()
-    worker = run.begun("three", 2)
+    worker = run.wait_for_attempt("three", 2)
     os.kill(worker, signal.SIGKILL)
-    run.begun("three", 3)
+    run.wait_for_attempt("three", 3)
     run.open("three", "four")
-    assert run.ended() == 0, run.log.read_text()[-2000:]
+    assert run.wait_for_exit() == 0, run.log.read_text()[-2000:]
     assert run.process.stdout.read().splitlines()[-1] == "4"  # Ray itself mentions the dead worker before
     assert second.items() <= manifests(workflow).items()
-    check_left(workflow, finished=4)
-    run.all_gone()
+    check_storage(workflow, finished=4)
+    run.wait_for_processes()
 
-    assert set(workflow.finished()) == set(NAMES)
+    assert [id.name for id in workflow.finished_outputs()] == list(NAMES)
     status = {s.name: s for s in workflow.status()}
-    assert {name: found.attempts for name, found in status.items()} == {
+    assert {name: step.attempts for name, step in status.items()} == {
         "one": 1,
         "two": 2,
         "three": 3,
@@ -214,36 +251,39 @@ def test_whatever_is_killed_the_next_run_goes_on(start, workflow, tmp_path):
     )
     check_tidy(workflow, status)
 
-    # Once more, without any Ray: all is found finished, nothing is written.
+    # Run again, without Ray: all steps are cached, nothing is written.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/**/*") if path.is_file()}
-    seen: list[tuple] = []
-    assert workflow.run(lambda *event: seen.append(event[:2]))["four"]["sum"] == 4
-    assert seen == [(name, "cached") for name in NAMES]
+    events: list[tuple] = []
+    results = run_workflow(workflow, lambda event: events.append((event.step, event.state)))
+    assert results[StepId("four")].sum == 4
+    assert events == [(name, "cached") for name in NAMES]
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/**/*") if path.is_file()} == before
 
 
 def check_tidy(workflow: Workflow, status: dict[str, StepStatus]) -> None:
-    """No lease, no temporary file, no folder of another attempt than the one that succeeded; stable folders stay."""
+    """No leases, temporary files or folders of failed attempts are left; stable folders are kept."""
     storage = workflow.storage
-    assert not list(storage.path("leases").iterdir())
-    assert not list(storage.path().rglob(".tmp-*"))
-    for name, found in status.items():
-        folder = storage.path(f"work/{found.key}")
-        assert sorted(path.name for path in folder.iterdir()) == [f"a{found.attempts}", "stable"], name
+    assert not list(storage.local_path("leases").iterdir())
+    assert not list(storage.local_path().rglob(".tmp-*"))
+    for name, step in status.items():
+        folder = storage.local_path(f"work/{step.key}")
+        assert sorted(path.name for path in folder.iterdir()) == [f"a{step.attempts}", "stable"], name
         stable = sorted(path.name for path in (folder / "stable").iterdir())
-        assert stable == [f"{n}.txt" for n in range(1, found.attempts + 1)]
+        assert stable == [f"{n}.txt" for n in range(1, step.attempts + 1)]
 
 
-def test_a_driver_whose_ray_dies_ends_and_says_so(start, workflow):
-    """Its task would go on for ever and nothing new could start; and it would hold its leases."""
+def test_a_driver_ends_with_an_error_when_its_ray_dies(start, workflow):
+    """Otherwise it would wait for ever, unable to start tasks, and keep its leases."""
     run = start(RAY_health_check_period_ms="500", RAY_health_check_timeout_ms="2000")  # 15 s otherwise
-    run.begun("one", 1)
+    run.wait_for_attempt("one", 1)
     (raylet,) = run.children("raylet")
     os.kill(raylet, signal.SIGKILL)
-    assert run.ended() == 1
+    assert run.wait_for_exit() == 1
     assert (
         run.log.read_text().splitlines()[-1] == "StepFailed: Ray on this machine died; run again to continue"
     )
-    run.all_gone()
-    assert not list(workflow.storage.path("leases").iterdir())
-    assert workflow.plan()[0].why == "attempt 1: interrupted: Ray on this machine died; run again to continue"
+    run.wait_for_processes()
+    assert not list(workflow.storage.local_path("leases").iterdir())
+    assert (
+        workflow.plan()[0].reason == "attempt 1: interrupted: Ray on this machine died; run again to continue"
+    )

@@ -1,4 +1,4 @@
-"""A disk that is full: real ones, of a few hundred kilobytes, in a mount namespace of the test's own."""
+"""A full disk: real file systems of a few hundred kilobytes, mounted in a private mount namespace."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import clean_environment
+
+from support.cluster_harness import clean_environment
 
 ALONE = ["unshare", "--user", "--map-root-user", "--mount"]
 
 
-def on_a_disk_of(size: str, folder: Path, *arguments: str) -> list[str]:
-    """What the command said on a file system of that size mounted at `folder`, and what it left there."""
+def run_on_disk(size: str, folder: Path, *arguments: str) -> list[str]:
+    """Run a command on a file system of `size` mounted at `folder`; return its output and the files that remain."""
     folder.mkdir()
     command = shlex.join([sys.executable, "-m", "pipelines", *arguments])
     script = (
         f"mount -t tmpfs -o size={size} tmpfs {folder} && {{ {command}; echo status $?; find {folder}; }}"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [*ALONE, "sh", "-c", script], capture_output=True, text=True, env=clean_environment(), check=False
     )
-    return (done.stdout + done.stderr).splitlines()
+    return (process.stdout + process.stderr).splitlines()
 
 
 @pytest.mark.parametrize(
@@ -31,18 +32,18 @@ def on_a_disk_of(size: str, folder: Path, *arguments: str) -> list[str]:
     [
         ("400k", ("shard", "bundled", "{}/shards", "--size", "64"), "-00000.tar"),
         ("400k", ("run", "demo", "--storage", "{}"), "mlflow.db"),
-        ("3m", ("run", "demo", "--storage", "{}"), "/disk"),  # in a step: its tars, or MLflow's database
+        ("3m", ("run", "demo", "--storage", "{}"), "/disk"),  # in a step: its tars or MLflow's database
     ],
 )
-def test_a_full_disk_is_said_in_one_line_and_leaves_nothing_half_written(
+def test_a_full_disk_fails_in_one_line_and_leaves_no_partial_file(
     tmp_path: Path, size: str, arguments: tuple[str, ...], culprit: str
 ) -> None:
     if subprocess.run([*ALONE, "true"], capture_output=True, check=False).returncode:
-        pytest.skip("this machine lets no process have a mount namespace of its own")
+        pytest.skip("this machine does not allow private mount namespaces")
     disk = tmp_path / "disk"
-    said = on_a_disk_of(size, disk, *(argument.format(disk) for argument in arguments))
-    (line,) = [line for line in said if line.startswith("inpaint ")]
+    output = run_on_disk(size, disk, *(argument.format(disk) for argument in arguments))
+    (line,) = [line for line in output if line.startswith("inpaint ")]
     assert culprit in line
     assert "the disk is full; free some space" in line
-    assert "status 1" in said
-    assert not any("Traceback" in line or "/.tmp-" in line for line in said)
+    assert "status 1" in output
+    assert not any("Traceback" in line or "/.tmp-" in line for line in output)

@@ -1,4 +1,4 @@
-"""The registry on a real MLflow server with authentication: who may do what, and two who promote at once."""
+"""The registry on an MLflow server with authentication: permissions, and concurrent promotions."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import clean_environment, family, kill
 from mlflow import MlflowClient
-from mlflow_server import ADMIN, AS_ADMIN, Server, acting_as
 
 from pipelines import registry
-from pipelines.__main__ import main
+from pipelines.cli.main import main
 from pipelines.registry import RegistryError, aliases
+from pipelines.registry.alias_moves import alias_history
+from support.cluster_harness import clean_environment, kill_processes, process_tree
+from support.mlflow_server import ADMIN, AS_ADMIN, MlflowServer, acting_as
 
-ROUNDS = 8
+ROUNDS = 5
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
     """With versions 1 to 5 of `encoder`."""
-    with Server(tmp_path_factory.mktemp("server"), authenticated=True) as server:
+    with MlflowServer(tmp_path_factory.mktemp("server"), authenticated=True) as server:
         with acting_as(AS_ADMIN):
             client = MlflowClient(server.uri, registry_uri=server.uri)
             run = client.create_run(client.create_experiment("test")).info.run_id
@@ -40,9 +41,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture
 def inpaint(
-    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    server: MlflowServer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str]]:
-    """Runs `inpaint models` as the administrator: exit status, and what it printed."""
+    """Runs `inpaint models` as the administrator; returns exit status and output."""
     for key, value in AS_ADMIN.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
@@ -50,52 +51,52 @@ def inpaint(
     def call(*arguments: str) -> tuple[int, str]:
         with pytest.raises(SystemExit) as end:
             main(["models", *arguments])
-        said = capsys.readouterr()
-        return int(end.value.code or 0), said.out + said.err
+        output = capsys.readouterr()
+        return int(end.value.code or 0), output.out + output.err
 
     return call
 
 
-def test_the_commands(inpaint: Callable[..., tuple[int, str]]) -> None:
+def test_the_commands_work_on_a_server(inpaint: Callable[..., tuple[int, str]]) -> None:
     assert json.loads(inpaint("list", "--json")[1])[0]["versions"] == 5
     assert inpaint("best", "encoder")[1].startswith("best psnr_rgb_hole on center masks: encoder/5, 21")
     assert inpaint("promote", "encoder/1")[1] == "encoder version 1 is now champion\n"
-    status, said = inpaint("promote", "encoder/2")
-    assert (status, said.count("\n")) == (1, 1), "it has no files to compare"
-    assert "version 2 cannot be compared with the champion, version 1" in said
-    status, said = inpaint("promote", "encoder/2", "--force", "--reason", "a test")
-    assert said.endswith("encoder version 2 is now champion (before: version 1)\n")
+    status, output = inpaint("promote", "encoder/2")
+    assert (status, output.count("\n")) == (1, 1), "it has no files to compare"
+    assert "version 2 cannot be compared with the champion, version 1" in output
+    status, output = inpaint("promote", "encoder/2", "--force", "--reason", "a test")
+    assert output.endswith("encoder version 2 is now champion (before: version 1)\n")
     assert inpaint("rollback", "encoder")[1] == "encoder: champion is version 1 again\n"
     assert "forced: a test" in inpaint("history", "encoder")[1]
     assert f" {ADMIN} " in inpaint("history", "encoder")[1]
-    status, said = inpaint("show", "encoder@champion")
-    assert (status, said.startswith("encoder version 1 (champion)")) == (0, True)
-    status, said = inpaint("promote", "encoder/9")
-    assert (status, said) == (1, "inpaint models: encoder has no version 9; its versions: 1, 2, 3, 4, 5\n")
+    status, output = inpaint("show", "encoder@champion")
+    assert (status, output.startswith("encoder version 1 (champion)")) == (0, True)
+    status, output = inpaint("promote", "encoder/9")
+    assert (status, output) == (1, "inpaint models: encoder has no version 9; its versions: 1, 2, 3, 4, 5\n")
     assert inpaint("delete", "encoder/4", "--yes")[0] == 0
-    assert [row["version"] for row in registry.show("encoder")["versions"]] == ["5", "3", "2", "1"]
+    assert [row.version for row in registry.show("encoder").versions] == ["5", "3", "2", "1"]
 
 
-def test_a_wrong_password_and_none(
-    inpaint: Callable[..., tuple[int, str]], server: Server, monkeypatch: pytest.MonkeyPatch
+def test_a_wrong_or_missing_password_is_refused(
+    inpaint: Callable[..., tuple[int, str]], server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "not-the-password-7")
-    status, said = inpaint("list")
+    status, output = inpaint("list")
     expected = f"the MLflow server at {server.uri} does not know 'admin' with this password"
-    assert (status, said) == (1, f"inpaint models: {expected}: see MLFLOW_TRACKING_PASSWORD\n")
+    assert (status, output) == (1, f"inpaint models: {expected}: see MLFLOW_TRACKING_PASSWORD\n")
     for key in AS_ADMIN:
         monkeypatch.delenv(key)
-    status, said = inpaint("show", "encoder")
-    assert (status, said.count("\n")) == (1, 1)
-    assert "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in said
+    status, output = inpaint("show", "encoder")
+    assert (status, output.count("\n")) == (1, 1)
+    assert "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in output
 
 
-def test_who_may_only_read(
-    inpaint: Callable[..., tuple[int, str]], server: Server, monkeypatch: pytest.MonkeyPatch
+def test_a_reader_may_not_change_the_registry(
+    inpaint: Callable[..., tuple[int, str]], server: MlflowServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry.promote("encoder", "2")
     before = registry.show("encoder")
-    for key, value in server.user("reader", "the-readers-password-1").items():
+    for key, value in server.create_user("reader", "the-readers-password-1").items():
         monkeypatch.setenv(key, value)
     assert inpaint("list")[0] == 0
     assert inpaint("show", "encoder/1")[0] == 0
@@ -105,15 +106,15 @@ def test_who_may_only_read(
         "rollback encoder",
         "delete encoder/3 --yes",
     ):
-        status, said = inpaint(*command.split())
+        status, output = inpaint(*command.split())
         expected = (
             f"reader may not do that in the MLflow at {server.uri}: ask its administrator for the permission"
         )
-        assert (status, said) == (1, f"inpaint models: {expected}\n"), command
+        assert (status, output) == (1, f"inpaint models: {expected}\n"), command
     assert registry.show("encoder") == before
-    server.allow("reader", "encoder")
+    server.allow_edits("reader", "encoder")
     assert inpaint("promote", "encoder/3", "--alias", "mine")[0] == 0
-    assert registry.history("encoder")[-1]["who"] == "reader"
+    assert registry.history("encoder")[-1].who == "reader"
 
 
 WORKER = """
@@ -122,24 +123,24 @@ from pipelines import registry
 
 for line in sys.stdin:
     version = line.strip()
-    seen = registry.place("encoder", "shadow")
+    state = registry.alias_state("encoder", "shadow")
     print("ready", flush=True)
     sys.stdin.readline()
     try:
-        registry.promote("encoder", version, "shadow", reason="race", expected=seen)
+        registry.promote("encoder", version, "shadow", reason="race", expected=state)
         print("won", flush=True)
-    except registry.Overtaken as error:
+    except registry.ConcurrentPromotion as error:
         print("lost " + str(error), flush=True)
 """
 
 
 @pytest.fixture
-def people(server: Server, tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
-    """Two processes with users of their own, who promote when they are told to."""
+def people(server: MlflowServer, tmp_path: Path) -> Iterator[list[subprocess.Popen[str]]]:
+    """Two processes with different users, which promote when a line is sent to them."""
     started = []
     for name in ("ann", "bob"):
-        user = server.user(name, f"password-of-{name}-1")
-        server.allow(name, "encoder")
+        user = server.create_user(name, f"password-of-{name}-1")
+        server.allow_edits(name, "encoder")
         environment = clean_environment() | user | {"MLFLOW_TRACKING_URI": server.uri}
         started.append(
             subprocess.Popen(
@@ -152,55 +153,60 @@ def people(server: Server, tmp_path: Path) -> Iterator[list[subprocess.Popen[str
             )
         )
     yield started
-    kill([member for process in started for member in family(process.pid)])
+    kill_processes([member for process in started for member in process_tree(process.pid)])
 
 
-def tell(process: subprocess.Popen[str], line: str) -> None:
+def send_line(process: subprocess.Popen[str], line: str) -> None:
     assert process.stdin is not None
     process.stdin.write(line + "\n")
     process.stdin.flush()
 
 
-def hear(process: subprocess.Popen[str]) -> str:
+def read_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("inpaint")
-def test_two_who_promote_at_once(server: Server, people: list[subprocess.Popen[str]]) -> None:
-    """Many times: one wins, the other is told who did, and alias and history say the same."""
+def test_of_two_concurrent_promotions_one_wins(
+    server: MlflowServer, people: list[subprocess.Popen[str]]
+) -> None:
+    """In every round one wins, the other's error names the winner, and alias and history agree."""
     client = MlflowClient(server.uri, registry_uri=server.uri)
     for _ in range(ROUNDS):
-        before = aliases.place(client, "encoder", "shadow")
-        free = [version for version in ("1", "2", "3") if version != before.holder][:2]
-        for process, version in zip(people, free, strict=True):
-            tell(process, version)
-        assert [hear(process) for process in people] == ["ready", "ready"]
+        before = aliases.find_alias_state(client, "encoder", "shadow")
+        candidates = [version for version in ("1", "2", "3") if version != before.version][:2]
+        for process, version in zip(people, candidates, strict=True):
+            send_line(process, version)
+        assert [read_line(process) for process in people] == ["ready", "ready"]
         for process in people:
-            tell(process, "go")
-        said = [hear(process) for process in people]
-        assert sorted(text.split()[0] for text in said) == ["lost", "won"], said
-        winner = [text.split()[0] for text in said].index("won")
-        name, version = ("ann", "bob")[winner], free[winner]
-        loser = said[1 - winner]
+            send_line(process, "go")
+        results = [read_line(process) for process in people]
+        assert sorted(text.split()[0] for text in results) == ["lost", "won"], results
+        winner = [text.split()[0] for text in results].index("won")
+        name, version = ("ann", "bob")[winner], candidates[winner]
+        loser = results[1 - winner]
         assert f"{name} made version {version} shadow of encoder at the same time" in loser
-        assert f"version {free[1 - winner]} is not; compare it with version {version} and try again" in loser
+        assert (
+            f"version {candidates[1 - winner]} is not; compare it with version {version} and try again"
+            in loser
+        )
         model = client.get_registered_model("encoder")
         assert model.aliases["shadow"] == version
-        moves = aliases.moves_of(model.tags, "shadow")
+        moves = alias_history(model.tags, "shadow")
         assert len(moves) == len(before.moves) + 1
-        last = {key: moves[-1][key] for key in ("from", "to", "who")}
-        assert last == {"from": before.holder, "to": version, "who": name}
+        last = moves[-1]
+        assert (last.from_, last.to, last.who) == (before.version, version, name)
         assert [key for key in model.tags if not key.startswith("history.")] == []
 
 
-def test_a_server_that_is_away(
+def test_an_unreachable_server_is_reported(
     inpaint: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    status, said = inpaint("list", "--tracking", "http://127.0.0.1:9")
-    assert (status, said.count("\n")) == (1, 1)
-    assert "the MLflow server at http://127.0.0.1:9 does not answer" in said
+    status, output = inpaint("list", "--tracking-uri", "http://127.0.0.1:9")
+    assert (status, output.count("\n")) == (1, 1)
+    assert "the MLflow server at http://127.0.0.1:9 does not answer" in output
     with pytest.raises(RegistryError, match="does not answer"):
         registry.search(tracking_uri="http://127.0.0.1:9")

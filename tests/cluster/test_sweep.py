@@ -1,25 +1,40 @@
-"""Sweeps on a real Ray: killed and gone on with, a trial that always fails, weights that change, a server that is away."""
+"""Sweeps on a real Ray: interrupted and resumed, a failing trial, population-based training, an unreachable server."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from harness import Run, digest, family, kill, wait_for
-from mlflow_server import Server
 
-from pipelines.reading import load_recipe
-from pipelines.sweeps.result import FAILED, FINISHED, STOPPED, SweepResult
+from data_prep.uris import sqlite_url
+from pipelines import registry
+from pipelines.recipe.load import load_recipe
+from pipelines.sweeps.results import FAILED, FINISHED, STOPPED, SweepResult
+from support.cluster_harness import (
+    README_PHOTOGRAPHS,
+    CliRun,
+    hash_weights,
+    kill_processes,
+    process_tree,
+    readme_commands,
+    set_options,
+    wait_for,
+)
+from support.mlflow_curves import check_curves, check_not_ahead_of_checkpoints
+from support.mlflow_server import MlflowServer
 
 pytestmark = pytest.mark.timeout(600)
 
-TRAIN = {"batch": 8, "ema": 0.9, "checkpoint_every": 5, "log_every": 5}
+TRAIN = {"batch": 8, "ema_decay": 0.9, "checkpoint_every": 5, "log_every": 5}
 ENCODER = {"size": 32, "width": 0.1, "overlap": 0}
-EVALUATE = {"count": 8, "samples": 2, "distance": {"crops": 64}}
+EVALUATE = {"max_photos": 8, "grid_rows": 2, "distance": {"crops_per_photo": 64}}
 
 
-def make_sweep(make_run: Callable[..., Run], name: str, model: dict, steps: dict, **sweep: object) -> Run:
+def make_sweep(
+    make_run: Callable[..., CliRun], name: str, model: dict, steps: dict, **sweep: object
+) -> CliRun:
     run = make_run(
         name,
         models={"model": {**model, "train": {"steps": steps}}},
@@ -31,117 +46,191 @@ def make_sweep(make_run: Callable[..., Run], name: str, model: dict, steps: dict
     return run
 
 
-def result(run: Run) -> SweepResult:
-    return SweepResult.from_json((run.storage / run.value("sweep")["result"]).read_text())
+def result(run: CliRun) -> SweepResult:
+    return SweepResult.from_json((run.storage / run.step_outputs("sweep")["result"]).read_text())
 
 
-def ledger(run: Run) -> list[dict]:
-    """The trials of a sweep that is under way."""
-    found = sorted(run.storage.glob("work/*-sweep/stable/trials/0*.json"))
-    return [json.loads(path.read_text())["trial"] for path in found]
+def stored_trials(run: CliRun) -> list[dict]:
+    """The records of a running sweep's trials."""
+    paths = sorted(run.storage.glob("work/*-sweep/stable/trials/0*.json"))
+    return [json.loads(path.read_text())["trial"] for path in paths]
 
 
 def validation(run: str) -> str:
     return f"select step, value from metrics where key = 'val/psnr_rgb_hole' and run_uuid = '{run}'"
 
 
-def check_runs(run: Run) -> None:
-    """One MLflow run a trial, below the sweep's; no point twice; ended as the trial did."""
-    doubled = run.rows("select run_uuid, key, step, count(*) n from metrics group by 1, 2, 3 having n > 1")
-    assert doubled == []
+def check_runs(run: CliRun) -> None:
+    """Check that each trial has one MLflow run, a child of the sweep's, with its curves and its final status."""
+    check_curves(run.storage)
+    duplicates = run.query_mlflow(
+        "select run_uuid, key, step, count(*) n from metrics group by 1, 2, 3 having n > 1"
+    )
+    assert duplicates == []
     states = {FINISHED: "FINISHED", STOPPED: "KILLED", FAILED: "FAILED"}
     parent = "select value from tags where key = 'mlflow.parentRunId' and run_uuid ="
     for trial in result(run).trials:
-        rows = run.rows(f"select status from runs where run_uuid = '{trial.run}'")
+        rows = run.query_mlflow(f"select status from runs where run_uuid = '{trial.run}'")
         assert rows == [(states[trial.state],)]
-        assert run.rows(f"{parent} '{trial.run}'") == [(run.value("sweep")["run"],)]
-        logged = dict(run.rows(f"select key, value from params where run_uuid = '{trial.run}'"))
+        assert run.query_mlflow(f"{parent} '{trial.run}'") == [(run.step_outputs("sweep")["run_id"],)]
+        logged = dict(run.query_mlflow(f"select key, value from params where run_uuid = '{trial.run}'"))
         assert trial.changes or logged == {path: str(value) for path, value in trial.values.items()}
     trials = [f"'{trial.run}'" for trial in result(run).trials]
     assert len(set(trials)) == len(trials)
 
 
-def test_a_killed_sweep_goes_on_where_it_was(make_run: Callable[..., Run]) -> None:
-    """Three trials, the second of which always fails."""
-    run = make_sweep(
-        make_run,
-        "killed",
-        {"name": "context_encoder", **ENCODER, "lambda_adv": 0},
-        {"train": 40},
-        fields={"model.lambda_rec": [1, 3.0e38, 2]},
-        metrics=["psnr_rgb_hole"],
-    )
-    run.recipe["evaluate"] = EVALUATE | {"distance": None}
+MODEL = "models.edge_connect-canny"
+README = (
+    *README_PHOTOGRAPHS,
+    *set_options(
+        "data={size: 32, margin: 4, val: 0.4, max_reject_fraction: 0.2}",
+        "train={batch: 4, checkpoint_every: 5, log_every: 5}",
+        "evaluate={max_photos: 8, grid_rows: 2, distance: null}",
+        f"{MODEL}.width=0.08",
+        f"{MODEL}.residual_blocks=1",
+        f"{MODEL}.lambda_p=0",
+        f"{MODEL}.lambda_s=0",
+        f"{MODEL}.train.steps={{inpaint_canny: 10}}",
+        "sweep.fields={model.lambda_adv2: [0.02, 3.0e38], edges.sigma: [1, 2]}",
+        "sweep.constraints=[model.lambda_adv2 < 1 or edges.sigma < 2]",
+        "sweep.metrics=[psnr_rgb_hole]",
+        "sweep.train={}",
+    ),
+)
+
+
+def test_the_readmes_sweep_resumes_after_a_kill_and_registers_a_version(
+    photographs: Path, make_run: Callable[..., CliRun]
+) -> None:
+    """Three trials; one of them always fails."""
+    run = make_run("killed")
+    (run.folder / "photos").symlink_to(photographs)
+    run.command, run.recipe_arguments = "sweep", ("edge_connect-sigma", *README)
+    for verb in ("sweep", "run"):
+        assert f"inpaint {verb} edge_connect-sigma --set data.source=photos" in readme_commands()
     driver = run.start()
 
-    def begun() -> set[int]:
-        return {trial["number"] for trial in ledger(run) if trial["state"] == "running"}
+    def running_trials() -> set[int]:
+        return {trial["number"] for trial in stored_trials(run) if trial["state"] == "running"}
 
     wait_for(
-        lambda: FINISHED in {trial["state"] for trial in ledger(run)} and begun(), "a finished trial", driver
+        lambda: FINISHED in {trial["state"] for trial in stored_trials(run)} and running_trials(),
+        "a finished trial",
+        driver,
     )
-    done = run.manifests()
-    kill(family(driver.pid))
+    finished_steps = run.manifests()
+    kill_processes(process_tree(driver.pid))
     driver.wait()
-    running = begun()
+    running = running_trials()
     assert running
+    check_not_ahead_of_checkpoints(run.storage)
 
     assert run.finish() == 0, run.output
-    for path, was in done.items():
-        assert run.manifests()[path] == was  # nothing that was finished is done again
-    found = result(run)
-    assert [trial.values["model.lambda_rec"] for trial in found.trials] == [1, 3e38, 2]
-    failed = [trial for trial in found.trials if trial.state == FAILED]
-    assert {trial.values["model.lambda_rec"] for trial in failed} == {3e38}
-    assert all("not finite" in trial.reason for trial in failed)
+    assert run.exposed_listeners == set()
+    for path, manifest in finished_steps.items():
+        assert run.manifests()[path] == manifest  # finished steps are not run again
+    sweep = result(run)
+    settings = {(trial.values["edges.sigma"], trial.values["model.lambda_adv2"]) for trial in sweep.trials}
+    assert len(sweep.trials) == 3
+    assert settings == {(1, 0.02), (2, 0.02), (1, 3e38)}
+    (failed,) = [trial for trial in sweep.trials if trial.state == FAILED]
+    assert failed.values["model.lambda_adv2"] == 3e38
+    assert "not finite" in failed.reason
     assert "not finite" in run.output
-    finished = [trial for trial in found.trials if trial.state == FINISHED]
+    finished = [trial for trial in sweep.trials if trial.state == FINISHED]
     assert len(finished) == 2
-    assert all(trial.steps == 40 and "psnr_rgb_hole" in trial.scores for trial in finished)
+    assert all(trial.steps == 10 and "psnr_rgb_hole" in trial.scores for trial in finished)
     check_runs(run)
-    assert run.leftovers() == []
+    assert run.unpublished_files() == []
 
-    folder = (run.storage / run.value("sweep")["result"]).parent
-    best = load_recipe(str(folder / "small-best.yaml"))
+    folder = (run.storage / run.step_outputs("sweep")["result"]).parent
+    best = load_recipe(str(folder / "edge_connect-sigma-best.yaml"))
     assert best.sweep is None
-    assert best.models["model"].options["lambda_rec"] == found.best.values["model.lambda_rec"]
+    assert best.edges.sigma == (sweep.best_group.values["edges.sigma"],)
     assert (folder / "sweep.html").stat().st_size > 10_000
 
-    assert run.finish() == 0
-    assert "found finished" in run.output
+    run.command = "run"
+    assert run.finish() == 0, run.output
+    assert "the sweep is cached" in run.output
+    assert "registered models:/edge_connect-canny/1 (champion" in run.output
+    run.command = "status"
+    assert run.finish() == 0, run.output
+    assert [run.output.count(f"trial {number}") for number in range(3)] == [1, 1, 1]
+    tracking = sqlite_url(run.storage / "mlflow.db")
+    version = registry.show("models:/edge_connect-canny@champion", tracking)
+    assert version.sweep["name"] == "edge_connect-sigma"  # the sweep that chose its values
 
 
-def test_what_trials_share_is_trained_once_and_a_server_may_restart_meanwhile(
-    make_run: Callable[..., Run],
+@pytest.mark.parametrize(
+    ("parts", "first"),
+    [
+        ({}, "train-model"),
+        # several segments per training; the median rule stops no trial before there are three
+        pytest.param({"scheduler": "median", "report_every": 5}, "train-model-15", marks=pytest.mark.soak),
+    ],
+)
+def test_shared_phases_are_trained_once_also_while_the_mlflow_server_restarts(
+    parts: dict, first: str, make_run: Callable[..., CliRun]
 ) -> None:
-    """G1 in a sweep of a weight of G2, and trainings in parts: no bit of a trial is another for it."""
+    """G1 in a sweep over a weight of G2: the trials' weights are bit-identical to a training without sharing."""
     model = {"name": "edge_connect", "width": 0.08, "residual_blocks": 1, "lambda_p": 0, "lambda_s": 0}
     steps = {"edge": 10, "inpaint_canny": 0, "inpaint": 10, "joint": 0}
-    parts = {"scheduler": "median", "every": 5}  # which stops nobody before there are three
     run = make_sweep(make_run, "shared", model, steps, fields={"model.lambda_adv2": [0.5, 0.01]}, **parts)
     run.storage.mkdir()
-    with Server(run.storage) as server:
-        driver = run.start("--tracking", server.uri)
-        begun = "work/*-train-model-15/stable/*/.validate_storage_marker"
-        wait_for(lambda: any(run.storage.glob(begun)), "the beginning of a trial's training", driver)
+    with MlflowServer(run.storage) as server:
+        driver = run.start("--tracking-uri", server.uri)
+        started = f"work/*-{first}/stable/*/.validate_storage_marker"
+        wait_for(lambda: any(run.storage.glob(started)), "the beginning of a trial's training", driver)
         server.stop()
-        trained = "work/*-train-model-15/stable/*/step-*"
+        trained = f"work/*-{first}/stable/*/step-*"
         wait_for(lambda: any(run.storage.glob(trained)), "a checkpoint without the server", driver)
         server.start()
         assert run.finish(driver) == 0, run.output
-    assert run.value("begin-model-0")["steps"] == 10
-    found = result(run)
-    assert [(trial.state, trial.steps) for trial in found.trials] == [(FINISHED, 20)] * 2
-    assert all({"psnr_rgb_hole", "fd"} <= trial.scores.keys() for trial in found.trials)
-    for trial in found.trials:  # of the shared beginning too: each has its whole curve
+    assert run.step_outputs("begin-model-0")["steps"] == 10
+    sweep = result(run)
+    assert [(trial.state, trial.steps) for trial in sweep.trials] == [(FINISHED, 20)] * 2
+    assert all({"psnr_rgb_hole", "fd"} <= trial.scores.keys() for trial in sweep.trials)
+    for trial in sweep.trials:  # each has its complete curve, shared steps included
         curve = f"select step from metrics where key = 'loss/D1' and run_uuid = '{trial.run}' order by step"
-        assert run.rows(curve) == [(5,), (10,)]
+        assert run.query_mlflow(curve) == [(5,), (10,)]
         curve = f"select step from metrics where key = 'loss/D2' and run_uuid = '{trial.run}' order by step"
-        assert run.rows(curve) == [(15,), (20,)]
+        assert run.query_mlflow(curve) == [(15,), (20,)]
     check_runs(run)
 
-    plain = make_run("plain", models={"model": {**model, "lambda_adv2": 0.01, "train": {"steps": steps}}})
+    # the shards are cached; this training has no shared steps, so it is another step
+    trained = set(run.storage.glob("manifests/*-train-model.json"))
+    plain = make_run("shared", models={"model": {**model, "lambda_adv2": 0.01, "train": {"steps": steps}}})
     plain.recipe["train"], plain.command = TRAIN, "train"
     assert plain.finish() == 0, plain.output
-    assert digest(run.storage / found.trials[1].weights) == plain.weights("model")
-    assert digest(run.storage / found.trials[0].weights) != plain.weights("model")
+    (manifest,) = set(run.storage.glob("manifests/*-train-model.json")) - trained
+    weights = hash_weights(run.storage / json.loads(manifest.read_text())["value"]["weights"])
+    assert hash_weights(run.storage / sweep.trials[1].weights) == weights
+    assert hash_weights(run.storage / sweep.trials[0].weights) != weights
+
+
+@pytest.mark.soak
+def test_each_mlflow_run_of_a_population_has_one_training(make_run: Callable[..., CliRun]) -> None:
+    """The worse of two members continues from the better one's training, in a new MLflow run."""
+    run = make_sweep(
+        make_run,
+        "population",
+        {"name": "context_encoder", **ENCODER, "lambda_adv": 0},
+        {"train": 20},
+        fields={"model.lambda_rec": {"uniform": [0.001, 1.0]}},
+        metrics=["psnr_rgb_hole"],
+        search="random",
+        scheduler="pbt",
+        report_every=10,
+        budget={"trials": 2},
+    )
+    run.recipe["evaluate"] = EVALUATE | {"distance": None}
+    assert run.finish() == 0, run.output
+    check_runs(run)
+    (copied,) = [trial for trial in result(run).trials if trial.changes]
+    runs = f"select run_uuid from tags where key = 'inpaint.trial' and value = '{copied.number}'"
+    statuses = dict(run.query_mlflow(f"select run_uuid, status from runs where run_uuid in ({runs})"))
+    assert statuses.pop(copied.run) == "FINISHED"
+    assert list(statuses.values()) == ["KILLED"]
+    value = f"select step, value from metrics where key like 'value/%' and run_uuid = '{copied.run}'"
+    steps = [step for step, _ in sorted(run.query_mlflow(value))]
+    assert steps == [10, 20]

@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 import pytest
 
-from data_prep.preparing import ShardOptions
-from data_prep.shards import assemble, write_slice
+from data_prep.preprocess import ShardOptions
+from data_prep.shards import merge_partitions, write_partition_tars
 from data_prep.sources import open_source
 from data_prep.storage import open_storage
 
@@ -25,10 +25,12 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def shards(photos, tmp_path_factory):
-    """The same as shards of at most five photographs, 32 + 4 pixels; nearly all in the train split."""
+    """The photographs as shards: 32 + 4 pixels, at most five per partition, nearly all in the train split."""
     out = open_storage(tmp_path_factory.mktemp("shards"))
     source, options = open_source(str(photos)), ShardOptions(size=32, margin=4, format="png", val=0.2, test=0)
     names = source.names()
-    parts = [write_slice(source, names[i : i + 5], i // 5, out, options) for i in range(0, len(names), 5)]
-    assemble(parts, options, source.uri, out)
+    results = [
+        write_partition_tars(source, names[i : i + 5], i // 5, out, options) for i in range(0, len(names), 5)
+    ]
+    merge_partitions(results, options, source.uri, out)
     return out

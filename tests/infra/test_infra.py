@@ -1,5 +1,5 @@
-"""The shipped files for clusters: they parse, have the pinned versions, expose nothing, hold no secret, and name commands
-and recipes that exist. Their fields against KubeRay's CRDs: `make validate-infra`."""
+"""The files of infra/: they parse, have the pinned versions, expose no ports, hold no secrets, and their commands and
+recipes exist. `make validate-infra` checks their fields against KubeRay's CRDs."""
 
 from __future__ import annotations
 
@@ -22,14 +22,21 @@ from moto import mock_aws
 from ray.autoscaler._private.aws.config import bootstrap_aws
 from ray.autoscaler._private.util import prepare_config, validate_config, with_head_node_ip
 
-from pipelines.__main__ import parser
-from pipelines.cluster.submitting import portable
-from pipelines.reading import load_recipe, recipe_of, shipped_recipes
+from pipelines.cli.main import build_parser
+from pipelines.cluster.jobs import make_portable
+from pipelines.recipe.load import load_recipe, recipe_from_args, shipped_recipes
 
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
 PINS = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
 VERSION = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), re.M)
+
+
+def files() -> list[Path]:
+    """The files of infra/ without __pycache__."""
+    return [path for path in INFRA.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+
+
 YAMLS = sorted(path.relative_to(INFRA).as_posix() for path in INFRA.rglob("*.yaml"))
 
 
@@ -49,7 +56,7 @@ def pods(spec: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def test_every_image_and_version_is_the_pinned_one() -> None:
     assert VERSION
-    texts = {path: path.read_text() for path in INFRA.rglob("*") if path.is_file()}
+    texts = {path: path.read_text() for path in files()}
     tags = [tag for text in texts.values() for tag in re.findall(r"rayproject/ray:([\d.]+)", text)]
     assert set(tags) == {PINS["ray"]}
     assert {spec["rayVersion"] for spec in clusters()} == {PINS["ray"]}
@@ -62,16 +69,16 @@ def test_every_image_and_version_is_the_pinned_one() -> None:
 
 
 @pytest.mark.parametrize("spec", clusters(), ids=["raycluster", "rayjob"])
-def test_kuberay_clusters_are_closed_and_grow(spec: dict[str, Any]) -> None:
+def test_kuberay_clusters_need_a_token_and_autoscale(spec: dict[str, Any]) -> None:
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["enableInTreeAutoscaling"] is True
     assert spec["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     policy = load("kuberay/networkpolicy.yaml")["spec"]
-    chosen = policy["podSelector"]["matchLabels"].items()
+    policy_labels = policy["podSelector"]["matchLabels"].items()
     groups = dict(pods(spec))
     assert {"head", "cpus", "gpus", "spot-gpus"} == groups.keys()
     for name, pod in groups.items():
-        assert pod["metadata"]["labels"].items() >= chosen, name
+        assert pod["metadata"]["labels"].items() >= policy_labels, name
         (container,) = pod["spec"]["containers"]
         assert container["envFrom"] == [{"secretRef": {"name": "inpaint-credentials"}}]
         assert all(
@@ -87,31 +94,32 @@ def test_kuberay_clusters_are_closed_and_grow(spec: dict[str, Any]) -> None:
     spot = groups["spot-gpus"]["spec"]
     assert any(toleration["key"] == "spot" for toleration in spot["tolerations"])
     assert spot["terminationGracePeriodSeconds"] <= 120
-    for name in ("gpus", "spot-gpus"):  # announced first, and ended within the grace period
+    for name in ("gpus", "spot-gpus"):  # the end is announced first, and happens within the grace period
         pod = groups[name]["spec"]
         shell, flag, script = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
         announcement, stop = script.split("; ")
         assert (shell, flag, stop) == ("/bin/sh", "-c", "ray stop")
-        args = parser().parse_args(shlex.split(announcement)[1:])
+        args = build_parser().parse_args(shlex.split(announcement)[1:])
         assert (args.action, args.wait) == ("leave", True)
         assert args.seconds < pod["terminationGracePeriodSeconds"]
 
 
-def test_the_network_policy_lets_nobody_in_but_the_cluster() -> None:
+def test_the_network_policy_admits_only_the_cluster_operator_and_submitter() -> None:
     policy = load("kuberay/networkpolicy.yaml")["spec"]
     assert policy["policyTypes"] == ["Ingress"]
-    own, others = policy["ingress"]
-    assert own == {"from": [{"podSelector": policy["podSelector"]}]}
-    assert {port["port"] for port in others["ports"]} == {8265}
-    assert all("podSelector" in source for source in others["from"])  # never a whole namespace or the world
-    operator, submitter = [source["podSelector"]["matchLabels"] for source in others["from"]]
-    # the only label that pods of the operator's Helm chart and of its kustomize manifests share
+    cluster_rule, other_rule = policy["ingress"]
+    assert cluster_rule == {"from": [{"podSelector": policy["podSelector"]}]}
+    assert {port["port"] for port in other_rule["ports"]} == {8265}
+    # never a whole namespace or the world
+    assert all("podSelector" in source for source in other_rule["from"])
+    operator, submitter = [source["podSelector"]["matchLabels"] for source in other_rule["from"]]
+    # the only label that the pods of the operator's Helm chart and kustomize manifests have in common
     assert operator == {"app.kubernetes.io/component": "kuberay-operator"}
-    # Kubernetes labels a Job's pods with the Job's name, which KubeRay makes the RayJob's
+    # Kubernetes labels a Job's pods with the Job's name; KubeRay gives it the RayJob's name
     assert submitter == {"job-name": load("kuberay/rayjob.yaml")["metadata"]["name"]}
 
 
-def test_compose_publishes_on_loopback_alone_and_starts_with_no_secret_missing() -> None:
+def test_compose_publishes_on_loopback_only_and_refuses_to_start_without_secrets() -> None:
     compose, text = load("compose.yaml"), (INFRA / "compose.yaml").read_text()
     for service in compose["services"].values():
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ()))
@@ -126,8 +134,8 @@ def test_compose_publishes_on_loopback_alone_and_starts_with_no_secret_missing()
     assert set(re.findall(r"\$\{(\w+)[:}]", text)) <= set(re.findall(r"^(\w+)=", filled, re.M))
 
 
-def test_compose_shares_the_cpus_of_the_machine_out() -> None:
-    """A worker that is not told takes all of them for its own, as Ray counts the machine's and not the container's."""
+def test_compose_divides_the_cpus_of_the_machine() -> None:
+    """Without --num-cpus each worker would claim all of them: Ray counts the machine's CPUs, not the container's."""
     services = load("compose.yaml")["services"]
     filled = dict(line.split("=") for line in (INFRA / ".env.example").read_text().split() if "=" in line)
     total = 1  # for MLflow and S3
@@ -143,12 +151,12 @@ def test_compose_shares_the_cpus_of_the_machine_out() -> None:
             assert variable is None or filled[variable[1]] == variable[2]
             numbers.append(int(variable[2] if variable else text))
         total += numbers[0] * numbers[1]
-    (told,) = re.findall(r"one machine with Docker, (\d+) cores", (INFRA / "README.md").read_text())
-    assert total == int(told)
+    (documented,) = re.findall(r"one machine with Docker, (\d+) cores", (INFRA / "README.md").read_text())
+    assert total == int(documented)
 
 
-def test_compose_gives_the_gpus_to_one_worker() -> None:
-    """Two replicas would each take all of them for their own."""
+def test_compose_gives_all_gpus_to_one_worker() -> None:
+    """Each of two replicas would claim all of them."""
     deploy = load("compose.gpu.yaml")["services"]["worker"]["deploy"]
     (device,) = deploy["resources"]["reservations"]["devices"]
     assert (device["driver"], device["count"], device["capabilities"]) == ("nvidia", "all", ["gpu"])
@@ -157,7 +165,7 @@ def test_compose_gives_the_gpus_to_one_worker() -> None:
 
 @pytest.fixture
 def ec2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    """Ray's own way from a cluster file to EC2 requests keeps a key pair in the home folder."""
+    """A mocked EC2 client. HOME is temporary because Ray writes a key pair there."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
@@ -170,12 +178,13 @@ def ec2(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
 def bootstrap(aws: dict[str, Any]) -> dict[str, Any]:
     prepared = prepare_config(aws)
     validate_config(prepared)
-    found: dict[str, Any] = bootstrap_aws(prepared)
-    return found
+    config: dict[str, Any] = bootstrap_aws(prepared)
+    return config
 
 
-def test_aws_is_closed_but_for_ssh_and_has_no_keys(ec2: Any) -> None:
-    """As Ray would start it: in the group that was made beforehand, as it was made, and in no other."""
+@pytest.mark.slow
+def test_aws_is_closed_except_for_ssh_and_has_no_keys(ec2: Any) -> None:
+    """Ray's own bootstrap uses the existing security group, without changing it, and creates no other."""
     aws = load("aws.yaml")
     group = ec2.create_security_group(GroupName="inpaint-ray", Description="inpaint")["GroupId"]
     ssh = {"FromPort": 22, "ToPort": 22, "IpProtocol": "tcp", "IpRanges": [{"CidrIp": "203.0.113.7/32"}]}
@@ -199,28 +208,30 @@ def test_aws_is_closed_but_for_ssh_and_has_no_keys(ec2: Any) -> None:
     commands = [
         command for key, value in ready.items() if key.endswith("setup_commands") for command in value
     ]
-    assert not any("pip install" in command for command in commands)  # Ray's defaults bring a nightly build
+    assert not any("pip install" in command for command in commands)  # Ray's defaults install a nightly build
 
 
-def test_aws_stops_while_no_group_was_made(ec2: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_aws_refuses_to_start_without_the_security_group(
+    ec2: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(AssertionError):
         bootstrap(load("aws.yaml"))
     assert "Failed to detect a security group" in capsys.readouterr().err
 
 
-def test_aws_workers_announce_their_end_when_the_metadata_has_a_notice(tmp_path: Path) -> None:
-    """The command as Ray gives it to a shell, with stand-ins: a machine without a notice, then one with."""
+def test_aws_workers_announce_their_shutdown_after_a_spot_notice(tmp_path: Path) -> None:
+    """Runs the command as Ray does, with fake wget, sleep and inpaint: the metadata has no notice at first, then one."""
     (watch,) = [line for line in load("aws.yaml")["worker_start_ray_commands"] if "instance-action" in line]
-    said, asked = tmp_path / "said", tmp_path / "asked"
+    announced, requested = tmp_path / "announced", tmp_path / "requested"
     programs = {
         "sleep": "exit 0",
-        "wget": f"""echo "$@" >> {asked}
+        "wget": f"""echo "$@" >> {requested}
 case "$*" in
 *--method=PUT*api/token) echo TOKEN ;;
-*"token: TOKEN"*instance-action) test $(wc -l < {asked}) -gt 4 && echo '{{"action": "terminate"}}' || exit 8 ;;
+*"token: TOKEN"*instance-action) test $(wc -l < {requested}) -gt 4 && echo '{{"action": "terminate"}}' || exit 8 ;;
 *) exit 4 ;;
 esac""",
-        "inpaint": f'echo "$@" > {said}',
+        "inpaint": f'echo "$@" > {announced}',
     }
     for name, text in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
@@ -228,29 +239,28 @@ esac""",
     command = watch.replace("/tmp/notice.log", str(tmp_path / "notice.log"))
     assert command != watch
     (wrapped,) = with_head_node_ip([command], "10.0.0.1")
-    began = time.monotonic()
+    start = time.monotonic()
     subprocess.run(
         ["bash", "-c", f"({wrapped})"],
         env={"PATH": f"{tmp_path}:{os.environ['PATH']}"},
         check=True,
         timeout=30,
     )
-    assert time.monotonic() - began < 10  # it goes on beside what follows
-    while not (said.exists() and said.read_text()):
-        assert time.monotonic() - began < 30
+    assert time.monotonic() - start < 10  # it runs in the background
+    while not (announced.exists() and announced.read_text()):
+        assert time.monotonic() - start < 30
         time.sleep(0.05)
-    assert len(asked.read_text().splitlines()) == 6  # a token and a look, three times
-    args = parser().parse_args(shlex.split(said.read_text()))
+    assert len(requested.read_text().splitlines()) == 6  # a token and a poll, three times
+    args = build_parser().parse_args(shlex.split(announced.read_text()))
     assert (args.action, args.address) == ("leave", "10.0.0.1:6379")
     assert args.seconds < 120
 
 
-def test_an_unfilled_secret_is_refused_and_a_filled_one_never_committed() -> None:
+def test_the_example_secret_is_invalid_and_filled_ones_are_ignored_by_git() -> None:
     secret = load("kuberay/secrets.example.yaml")
     assert secret["metadata"]["name"] == "inpaint-credentials"
-    assert all(
-        isinstance(value, list) for value in secret["stringData"].values()
-    )  # the API server takes text alone
+    # the API server accepts strings only
+    assert all(isinstance(value, list) for value in secret["stringData"].values())
     names = ["infra/kuberay/secrets.yaml", "infra/.env", "credentials.env", "services/s3.env", "s3/s3.env"]
     names += ["mlflow/mlflow.env"]
     for name in names:
@@ -260,87 +270,92 @@ def test_an_unfilled_secret_is_refused_and_a_filled_one_never_committed() -> Non
 
 
 def test_no_file_holds_a_secret() -> None:
-    told = re.compile(r"(?i)(password|secret|token|key_id)[\w-]*\s*[:=]\s*[\"']?([A-Za-z0-9+/]{16,})")
-    for path in [*INFRA.rglob("*"), ROOT / "tests/infra/filled.env"]:
-        if path.is_file() and path.suffix != ".md":
-            assert not told.search(path.read_text()), path
+    secret = re.compile(r"(?i)(password|secret|token|key_id)[\w-]*\s*[:=]\s*[\"']?([A-Za-z0-9+/]{16,})")
+    for path in [*files(), ROOT / "tests/infra/filled.env"]:
+        if path.suffix != ".md":
+            assert not secret.search(path.read_text()), path
 
 
 def texts() -> dict[str, str]:
-    """What people paste from: pages, the files' comments and `inpaint submit --help`, with continued lines joined."""
+    """{name: text} of everything that people copy commands from: Markdown pages, comments of YAML files and `inpaint submit
+    --help`, with continued lines joined."""
     pages = (ROOT / "README.md", *INFRA.glob("*.md"))
-    found = {path.relative_to(ROOT).as_posix(): path.read_text() for path in pages}
+    by_name = {path.relative_to(ROOT).as_posix(): path.read_text() for path in pages}
     for path in INFRA.rglob("*.yaml"):
         comments = (line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
-        found[path.relative_to(ROOT).as_posix()] = "\n".join(comments)
-    with redirect_stdout(StringIO()) as said, suppress(SystemExit):
-        parser().parse_args(["submit", "--help"])
-    found["submit --help"] = said.getvalue()
-    return {name: re.sub(r"\s+#.*", "", text).replace("\\\n", " ") for name, text in found.items()}
+        by_name[path.relative_to(ROOT).as_posix()] = "\n".join(comments)
+    with redirect_stdout(StringIO()) as output, suppress(SystemExit):
+        build_parser().parse_args(["submit", "--help"])
+    by_name["submit --help"] = output.getvalue()
+    return {name: re.sub(r"\s+#.*", "", text).replace("\\\n", " ") for name, text in by_name.items()}
 
 
 def commands() -> list[str]:
-    """Every `inpaint ...` that a file of infra runs, and every one that something tells to run on a cluster."""
-    found = []
+    """Every `inpaint ...` command in infra's files, and every submission."""
+    commands = []
     for name, text in texts().items():
         if name.startswith("infra/"):
-            found += re.findall(r"(?m)(?:^|[ `])(inpaint (?:run|services|plan|submit|cluster)[^`&\n]*)", text)
+            commands += re.findall(
+                r"(?m)(?:^|[ `])(inpaint (?:run|services|plan|submit|cluster)[^`&\n]*)", text
+            )
     compose = load("compose.yaml")["services"]
-    found += [service["command"] for service in compose.values() if service["command"].startswith("inpaint")]
-    found += submissions()
-    return sorted({command.strip() for command in found if "RECIPE" not in command})
+    commands += [
+        service["command"] for service in compose.values() if service["command"].startswith("inpaint")
+    ]
+    commands += submissions()
+    return sorted({command.strip() for command in commands if "RECIPE" not in command})
 
 
 def submissions() -> list[str]:
-    """What is run on other machines than this one, as `inpaint ...`."""
-    found = [load("kuberay/rayjob.yaml")["spec"]["entrypoint"]]
+    """The commands that run on another machine, as `inpaint ...`."""
+    submitted = [load("kuberay/rayjob.yaml")["spec"]["entrypoint"]]
     for text in texts().values():
-        found += re.findall(r"(?m)(?:^|[ `])(inpaint submit \w[^`&\n]*)", text)
+        submitted += re.findall(r"(?m)(?:^|[ `])(inpaint submit \w[^`&\n]*)", text)
         jobs = re.findall(r"ray job submit .* -- (?:python -m pipelines|inpaint) (run [^`&\n]*)", text)
-        found += [f"inpaint {job}" for job in jobs]
-    return sorted({command.strip() for command in found})
+        submitted += [f"inpaint {job}" for job in jobs]
+    return sorted({command.strip() for command in submitted})
 
 
 @pytest.mark.parametrize("command", commands())
 def test_every_command_of_infra_parses_and_its_recipe_loads(command: str) -> None:
     words = shlex.split(command)[1:]
     if words in (["run"], ["services"], ["submit"]):
-        return  # named in a sentence
-    args = parser().parse_args(words)
+        return  # mentioned in a sentence
+    args = build_parser().parse_args(words)
     if getattr(args, "recipe", None):
         load_recipe(args.recipe, args.set)
 
 
-def test_submissions_are_found_wherever_they_are_told() -> None:
-    told = {name for name, text in texts().items() if re.search(r"inpaint submit \w+ --", text)}
+def test_every_documented_submission_is_found() -> None:
+    documented = {name for name, text in texts().items() if re.search(r"inpaint submit \w+ --", text)}
     files = {"infra/README.md", "infra/aws.yaml", "infra/kuberay/raycluster.yaml"}
-    assert told == {"README.md", "submit --help", *files}
+    assert documented == {"README.md", "submit --help", *files}
     assert any("edge_connect" in command for command in submissions())  # by `ray job submit`
 
 
 @pytest.mark.parametrize("command", submissions())
-def test_what_is_submitted_works_there(command: str) -> None:
-    """No path of this machine is left in the recipe, and a paper's own training is not left to a CPU."""
-    args = parser().parse_args(shlex.split(command)[1:])
-    recipe = recipe_of(args)
+def test_submitted_recipes_work_on_a_cluster(command: str) -> None:
+    """The recipe has no local paths, and a recipe of a paper's full size uses a GPU."""
+    args = build_parser().parse_args(shlex.split(command)[1:])
+    recipe = recipe_from_args(args)
     assert recipe.storage.startswith("s3://")
-    _, notes = portable(recipe, "http://head.example:8265")
+    _, notes = make_portable(recipe, "http://head.example:8265")
     assert not notes
     if f"{args.recipe}-small" in shipped_recipes():
         assert recipe.scaling.gpus_per_worker >= 1
 
 
-def test_on_spot_machines_a_training_survives_many_losses() -> None:
+def test_on_spot_machines_training_survives_many_lost_workers() -> None:
     spot = [load("kuberay/rayjob.yaml")["spec"]["entrypoint"]]
     for name in ("infra/aws.yaml", "infra/kuberay/raycluster.yaml", "infra/README.md"):
         spot += re.findall(r"inpaint submit deepfill_v2 [^`&\n]*", texts()[name])
     assert len(spot) == 5
     for command in spot:
         words = shlex.split(command)[1:]
-        assert recipe_of(parser().parse_args(words)).scaling.max_failures == 100
+        assert recipe_from_args(build_parser().parse_args(words)).scaling.max_failures == 100
 
 
-ENDLESS = (
+NON_RETURNING = (
     "inpaint services",
     "ray dashboard",
     "kubectl port-forward",
@@ -351,21 +366,21 @@ ENDLESS = (
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", INFRA / "README.md"], ids=["README", "infra"])
 def test_nothing_follows_a_command_that_does_not_return(page: Path) -> None:
-    """In a block that is pasted; and what is put into the background needs its time, so only its like follows that."""
+    """In a block that can be pasted as a whole. Background commands need time to start, so only others of them follow."""
     for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL):
         lines = [re.sub(r"\s+#.*", "", line).strip() for line in block.splitlines()]
-        endless = [line for line in lines if line.startswith(ENDLESS)]
-        if endless:
-            assert all(line.endswith("&") for line in endless) or endless == lines[-1:], block
-            assert lines[-1] == endless[-1], block
+        non_returning = [line for line in lines if line.startswith(NON_RETURNING)]
+        if non_returning:
+            assert all(line.endswith("&") for line in non_returning) or non_returning == lines[-1:], block
+            assert lines[-1] == non_returning[-1], block
 
 
-def test_what_runs_in_the_compose_cluster_joins_it() -> None:
-    """`inpaint run` starts a Ray of its own where RAY_ADDRESS names none."""
+def test_runs_in_the_compose_cluster_join_it() -> None:
+    """Without RAY_ADDRESS `inpaint run` would start a local Ray."""
     text = (INFRA / "README.md").read_text()
-    run = [line for line in text.splitlines() if "exec" in line and "inpaint run" in line]
-    assert run
-    assert all("-e RAY_ADDRESS=auto" in line for line in run)
+    commands = [line for line in text.splitlines() if "exec" in line and "inpaint run" in line]
+    assert commands
+    assert all("-e RAY_ADDRESS=auto" in line for line in commands)
 
 
 def validator() -> Any:
@@ -378,7 +393,7 @@ def validator() -> Any:
 
 
 def test_the_validator_finds_unknown_fields_and_wrong_types(tmp_path: Path) -> None:
-    """On a CRD of a few fields, of which our manifests have more."""
+    """With a small CRD that lacks most fields of our manifests."""
     schema = {
         "type": "object",
         "properties": {
@@ -389,7 +404,8 @@ def test_the_validator_finds_unknown_fields_and_wrong_types(tmp_path: Path) -> N
                 "type": "object",
                 "properties": {
                     "rayVersion": {"type": "integer"},
-                    "authOptions": {"type": "object"},  # which the API server prunes empty
+                    # without properties: the API server removes all fields
+                    "authOptions": {"type": "object"},
                 },
             },
         },
@@ -397,8 +413,8 @@ def test_the_validator_finds_unknown_fields_and_wrong_types(tmp_path: Path) -> N
     versions = [{"name": "v1", "schema": {"openAPIV3Schema": schema}}]
     crd = {"spec": {"group": "ray.io", "names": {"kind": "RayCluster"}, "versions": versions}}
     (tmp_path / "crd.yaml").write_text(yaml.safe_dump(crd))
-    found = validator().findings(tmp_path)
-    assert any("spec.rayVersion" in line and "not of type 'integer'" in line for line in found)
-    assert any("headGroupSpec" in line and "unexpected" in line for line in found)
-    assert any("spec.authOptions" in line for line in found)
-    assert "has no CRD" in validator().findings(tmp_path / "none")[0]
+    problems = validator().find_problems(tmp_path)
+    assert any("spec.rayVersion" in line and "not of type 'integer'" in line for line in problems)
+    assert any("headGroupSpec" in line and "unexpected" in line for line in problems)
+    assert any("spec.authOptions" in line for line in problems)
+    assert "has no CRD" in validator().find_problems(tmp_path / "none")[0]

@@ -1,4 +1,4 @@
-"""Eight photographs, small models, and the alternating step of papers.md 0.3 that every test of learning uses."""
+"""Eight photographs, a batch of them, and the alternating training step of docs/papers.md 0.3."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import skimage.feature
 import torch
 from torch import Tensor
 
-from models.base import UNIFORM, Model, Phase
+from models.base import RANDOMS_PER_SAMPLE, Model, Phase
 
 
 @pytest.fixture(autouse=True)
@@ -39,46 +39,47 @@ def photos() -> Tensor:
 
 @pytest.fixture(scope="session")
 def batch(photos: Tensor) -> dict[str, Any]:
-    """The photographs with their centres as holes and their true edges."""
+    """The photographs, with holes in their centres and their true edges."""
     mask = torch.zeros(8, 1, 32, 32)
     mask[:, :, 8:24, 8:24] = 1
-    grey = photos.permute(0, 2, 3, 1).numpy() @ np.array([0.2125, 0.7154, 0.0721], np.float32)
-    edges = np.stack([skimage.feature.canny(g, sigma=1.0) for g in grey])
-    numbers = torch.rand(8, UNIFORM, generator=torch.Generator().manual_seed(0))
+    gray = photos.permute(0, 2, 3, 1).numpy() @ np.array([0.2125, 0.7154, 0.0721], np.float32)
+    edges = np.stack([skimage.feature.canny(g, sigma=1.0) for g in gray])
+    uniform = torch.rand(8, RANDOMS_PER_SAMPLE, generator=torch.Generator().manual_seed(0))
     return {
         "image": photos,
         "mask": mask,
         "edge": torch.from_numpy(edges)[:, None].float(),
-        "uniform": numbers,
+        "uniform": uniform,
     }
 
 
 class Trainer:
-    """The optimisers of one phase, and the step."""
+    """The optimisers and the training step of one phase."""
 
     def __init__(self, model: Model, phase: Phase, lr: float | None = None) -> None:
         model.set_phase(phase)
         self.model, self.phase, self.steps = model, phase, 0
 
-        def optimiser(names: tuple[str, ...]) -> Any:
-            def trained(name: str) -> list[Tensor]:
+        def build_optimizer(names: tuple[str, ...]) -> Any:
+            def trained_parameters(name: str) -> list[Tensor]:
                 return [p for p in model.networks[name].parameters() if p.requires_grad]
 
-            groups = [{"params": trained(n), "lr": lr or phase.lr[n]} for n in names]
+            groups = [{"params": trained_parameters(n), "lr": lr or phase.lr[n]} for n in names]
             if not groups:
                 return None
-            if phase.optimiser == "adadelta" and lr is None:
+            if phase.optimizer == "adadelta" and lr is None:
                 return torch.optim.Adadelta(groups)
             return torch.optim.Adam(groups, betas=phase.betas)
 
-        self.generators, self.discriminators = optimiser(phase.generators), optimiser(phase.discriminators)
+        self.generators = build_optimizer(phase.generators)
+        self.discriminators = build_optimizer(phase.discriminators)
 
-    def discriminator_step(self, batch: dict[str, Any], out: dict[str, Tensor]) -> dict[str, Tensor]:
+    def step_discriminators(self, batch: dict[str, Any], out: dict[str, Tensor]) -> dict[str, Tensor]:
         losses = self.model.discriminator_losses(batch, out, self.phase)
         self._descend(self.discriminators, losses)
         return losses
 
-    def generator_step(self, batch: dict[str, Any], out: dict[str, Tensor]) -> dict[str, Tensor]:
+    def step_generators(self, batch: dict[str, Any], out: dict[str, Tensor]) -> dict[str, Tensor]:
         for name in self.phase.discriminators:
             self.model.networks[name].requires_grad_(False)
         losses = self.model.generator_losses(batch, out, self.phase)
@@ -89,19 +90,20 @@ class Trainer:
 
     def step(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         self.steps += 1
-        learn = bool(self.phase.generators) and self.steps % self.phase.critic_steps == 0
-        with torch.set_grad_enabled(learn):
+        trains_generators = bool(self.phase.generators) and self.steps % self.phase.critic_steps == 0
+        with torch.set_grad_enabled(trains_generators):
             out = self.model.generate(batch, self.phase)
-        losses = self.discriminator_step(batch, out) if self.phase.discriminators else {}
-        return {**losses, **(self.generator_step(batch, out) if learn else {})}
+        losses = self.step_discriminators(batch, out) if self.phase.discriminators else {}
+        return {**losses, **(self.step_generators(batch, out) if trains_generators else {})}
 
-    def _descend(self, optimiser: Any, losses: dict[str, Tensor]) -> None:
+    def _descend(self, optimizer: Any, losses: dict[str, Tensor]) -> None:
         weights = self.model.weights(self.phase)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         torch.stack([weights[name] * value for name, value in losses.items()]).sum().backward()
-        optimiser.step()
+        optimizer.step()
 
 
 @pytest.fixture(scope="session")
 def training() -> SimpleNamespace:
+    """`training.Trainer`, as test modules cannot import this file."""
     return SimpleNamespace(Trainer=Trainer)

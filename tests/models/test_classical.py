@@ -1,4 +1,4 @@
-"""Classical baselines: papers.md 7.3."""
+"""Classical baselines: docs/papers.md 7.3."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from models.classical import METHODS, inpaint
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
-def hole(height: int = 40, width: int = 56) -> np.ndarray:
+def square_mask(height: int = 40, width: int = 56) -> np.ndarray:
     mask = np.zeros((height, width), np.uint8)
     mask[12:28, 20:36] = 1
     return mask
@@ -35,39 +35,40 @@ def noise(height: int, width: int) -> np.ndarray:
 @every_method
 def test_a_constant_stays_constant(method) -> None:
     image = np.full((40, 56, 3), (10, 130, 250), np.uint8)
-    assert np.abs(inpaint(image, hole(), method).astype(int) - image).max() <= 1
+    assert np.abs(inpaint(image, square_mask(), method).astype(int) - image).max() <= 1
 
 
-@pytest.mark.parametrize("method", ["telea", "navier_stokes"])  # patchmatch copies what there is
-def test_a_linear_ramp_is_continued(method) -> None:
+@pytest.mark.parametrize("method", ["telea", "navier_stokes"])  # patchmatch only copies patches
+def test_a_linear_ramp_continues_into_the_hole(method) -> None:
     image = np.repeat(np.linspace(100, 155, 56)[None, :, None], 40, 0).repeat(3, 2).astype(np.uint8)
-    error = np.abs(inpaint(image, hole(), method).astype(int) - image)[hole() > 0]
+    error = np.abs(inpaint(image, square_mask(), method).astype(int) - image)[square_mask() > 0]
     assert error.mean() <= 2  # the ramp rises 16 levels across the hole
 
 
 @every_method
-@pytest.mark.parametrize("place", [(12, 20), (0, 0), (30, 46)])
-def test_known_pixels_stay_and_the_hole_is_not_read(method, place) -> None:
+@pytest.mark.parametrize("corner", [(12, 20), (0, 0), (30, 46)])
+def test_known_pixels_do_not_change_and_the_hole_is_not_read(method, corner) -> None:
     image = noise(40, 56)
     mask = np.zeros((40, 56), np.uint8)
-    mask[place[0] : place[0] + 10, place[1] : place[1] + 10] = 255
-    done = inpaint(image, mask, method)
-    assert done.dtype == np.uint8
-    assert (done[mask == 0] == image[mask == 0]).all()
+    top, left = corner
+    mask[top : top + 10, left : left + 10] = 255
+    filled = inpaint(image, mask, method)
+    assert filled.dtype == np.uint8
+    assert (filled[mask == 0] == image[mask == 0]).all()
     other = image.copy()
     other[mask > 0] = 255 - other[mask > 0]
-    assert (inpaint(other, mask, method) == done).all()
+    assert (inpaint(other, mask, method) == filled).all()
 
 
 @every_method
-def test_nothing_missing_and_nothing_known(method) -> None:
+def test_an_empty_hole_and_a_hole_of_everything(method) -> None:
     image = noise(20, 20)
     assert (inpaint(image, np.zeros((20, 20), np.uint8), method) == image).all()
     assert (inpaint(image, np.ones((20, 20), np.uint8), method) == 128).all()
 
 
 @every_method
-def test_wrong_arguments_are_named(method) -> None:
+def test_wrong_arguments_are_refused(method) -> None:
     image = np.zeros((20, 20, 3), np.uint8)
     with pytest.raises(ValueError, match="there are telea, navier_stokes, patchmatch"):
         inpaint(image, image[..., 0], method + "2")
@@ -88,7 +89,7 @@ def test_patchmatch_continues_a_periodic_texture_and_telea_does_not() -> None:
     assert patchmatch < telea / 10
 
 
-def test_patchmatch_is_the_same_every_time_in_threads_and_processes(capfd, tmp_path) -> None:
+def test_patchmatch_is_deterministic_across_threads_and_processes(capfd, tmp_path) -> None:
     image = photograph()
     masks = np.stack(
         [np.roll(np.pad(np.ones((16, 16), np.uint8), ((8, 40), (8, 40))), 6 * n) for n in range(4)]
@@ -97,58 +98,58 @@ def test_patchmatch_is_the_same_every_time_in_threads_and_processes(capfd, tmp_p
     with ThreadPoolExecutor(4) as pool:
         assert np.array_equal(first, [*pool.map(lambda mask: inpaint(image, mask, "patchmatch"), masks)])
     assert capfd.readouterr() == ("", "")
-    np.savez(tmp_path / "asked.npz", image=image, masks=masks)
-    another_process(
+    np.savez(tmp_path / "inputs.npz", image=image, masks=masks)
+    run_python(
         """
         from patchmatch import patch_match
-        asked = np.load("asked.npz")
-        patch_match.set_random_seed(99)  # somebody else's seed
-        theirs = patch_match.inpaint(asked["image"], asked["masks"][0], patch_size=3)
-        done = [inpaint(asked["image"], mask, "patchmatch") for mask in asked["masks"]]
-        assert (theirs != done[0]).any()
-        np.save("done.npy", np.stack(done))
+        inputs = np.load("inputs.npz")
+        patch_match.set_random_seed(99)
+        other_seed = patch_match.inpaint(inputs["image"], inputs["masks"][0], patch_size=3)
+        filled = [inpaint(inputs["image"], mask, "patchmatch") for mask in inputs["masks"]]
+        assert (other_seed != filled[0]).any()
+        np.save("filled.npy", np.stack(filled))
         """,
         tmp_path,
     )
-    assert np.array_equal(np.load(tmp_path / "done.npy"), first)
+    assert np.array_equal(np.load(tmp_path / "filled.npy"), first)
 
 
 def test_patchmatch_fills_or_refuses_photographs_and_holes_of_every_size(tmp_path) -> None:
-    """In a process of its own, which a fault in the C library would end. A constant is the oracle."""
-    said = another_process(
+    """In another process: a crash in the C library would end it. Images are constant, so the result is known."""
+    output = run_python(
         """
         filled = refused = 0
         rng = np.random.default_rng(0)
         sizes = [(1, 1), (1, 9), (9, 1), (2, 2), (3, 3), (4, 7), (7, 8), (8, 8), (8, 40), (9, 13), (33, 47)]
         for (h, w), radius in itertools.product(sizes, (0.4, 1, 2, 3, 7)):
-            pixel, corner, edge, ring, half, rest, most = holes = np.zeros((7, h, w), bool)
+            pixel, corner, edge, ring, half, all_but_one, random = holes = np.zeros((7, h, w), bool)
             pixel[h // 2, w // 2] = corner[0, 0] = edge[: h // 3] = half[:, : w // 2] = True
             ring[[0, -1]] = ring[:, [0, -1]] = True
-            rest[:] = True
-            rest[-1, -1] = False
-            most[:] = rng.random((h, w)) < 0.7
+            all_but_one[:] = True
+            all_but_one[-1, -1] = False
+            random[:] = rng.random((h, w)) < 0.7
             image = np.full((h, w, 3), (10, 130, 250), np.uint8)
             for hole in holes:
                 if hole.all():
                     continue
                 try:
-                    done = inpaint(image, hole, "patchmatch", radius)
+                    result = inpaint(image, hole, "patchmatch", radius)
                 except ValueError as error:
                     assert "patchmatch cannot fill a hole of" in str(error)
                     refused += 1
                     assert min(h, w) < 9 or hole.mean() > 0.9 or radius == 7
                 else:
-                    assert np.abs(done.astype(int) - image).max() <= 1, (h, w, radius, hole)
+                    assert np.abs(result.astype(int) - image).max() <= 1, (h, w, radius, hole)
                     filled += 1
         print(filled, refused)
         """,
         tmp_path,
     )
-    filled, refused = map(int, said.split())
+    filled, refused = map(int, output.split())
     assert filled > refused > 0
 
 
-def another_process(program: str, folder: Path) -> str:
+def run_python(program: str, folder: Path) -> str:
     root = Path(__file__).parents[2]
     head = "import itertools, numpy as np\nfrom models.classical import inpaint\n"
     run = subprocess.run(

@@ -1,4 +1,4 @@
-"""EdgeConnect: papers.md 0.4 and 4.7, its phases, and who draws the edges."""
+"""EdgeConnect: docs/papers.md 0.4 and 4.7, phases, generated and user-drawn edges."""
 
 from __future__ import annotations
 
@@ -17,18 +17,26 @@ from models.edge_connect import (
     D2,
     G1,
     G2,
-    PERCEPTUAL,
-    STYLE,
+    PERCEPTUAL_LAYERS,
+    STYLE_LAYERS,
     Discriminator,
     EdgeConnect,
     EdgeGenerator,
     InpaintGenerator,
-    grey,
+    rgb_to_gray,
 )
-from models.losses import feature_matching, gan_fake, gan_generator, gan_real, gram, l1_over_hole, style
+from models.losses import (
+    feature_matching,
+    gan_fake,
+    gan_generator,
+    gan_real,
+    gram_matrix,
+    l1_over_hole,
+    style_loss,
+)
 
 
-def count(network: nn.Module) -> int:
+def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -42,17 +50,18 @@ def build(**options: Any) -> EdgeConnect:
 # -- networks --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_parameter_counts_are_the_papers() -> None:
     with torch.device("meta"):
         networks = build_model("edge_connect").networks
         without = EdgeGenerator(spectral_norm=False)
-    assert {name: count(network) for name, network in networks.items()} == {
+    assert {name: count_parameters(network) for name, network in networks.items()} == {
         G1: 10_761_089,
         D1: 2_762_752,
         G2: 10_774_595,
         D2: 2_763_776,
     }
-    assert count(without) == 10_765_185
+    assert count_parameters(without) == 10_765_185
     assert sum(b.numel() for b in networks[G1].buffers()) == 50_963  # spectral norm's vectors
     assert not [*networks[G2].buffers()]
 
@@ -66,19 +75,19 @@ def test_generators_keep_the_size_and_their_ranges() -> None:
         assert 0 < out.min() < out.max() < 1
 
 
-def test_holes_are_inert_to_both_generators() -> None:
+def test_both_generators_ignore_the_image_in_the_hole() -> None:
     image, edge, mask = torch.rand(1, 3, 32, 32), torch.rand(1, 1, 32, 32).round(), torch.zeros(1, 1, 32, 32)
     mask[:, :, 8:20, 8:24] = 1
     other = torch.where(mask > 0, torch.rand_like(image), image)
     g1, g2 = EdgeGenerator(0.1, 1).eval(), InpaintGenerator(0.1, 1)
-    assert torch.equal(g1(grey(image), edge, mask), g1(grey(other), edge * (1 - mask), mask))
+    assert torch.equal(g1(rgb_to_gray(image), edge, mask), g1(rgb_to_gray(other), edge * (1 - mask), mask))
     assert torch.equal(g2(image, edge, mask), g2(other, edge, mask))
     assert not torch.equal(
         g2(image, edge, mask), g2(image, edge * (1 - mask), mask)
-    )  # G2 sees the hole's edges
+    )  # G2 sees the edges in the hole
 
 
-def test_a_bias_before_instance_norm_changes_nothing() -> None:
+def test_a_bias_before_instance_norm_has_no_effect() -> None:
     g2 = InpaintGenerator(0.1, 2)
     x = torch.rand(2, 3, 32, 32), torch.rand(2, 1, 32, 32), torch.zeros(2, 1, 32, 32)
     before = g2(*x)
@@ -90,7 +99,7 @@ def test_a_bias_before_instance_norm_changes_nothing() -> None:
     torch.testing.assert_close(g2(*x), before, atol=1e-5, rtol=0)
 
 
-def test_a_batch_of_two_is_two_batches_of_one() -> None:
+def test_a_batch_of_two_gives_the_same_as_two_batches_of_one() -> None:
     g2 = InpaintGenerator(0.1, 2)
     x = torch.rand(2, 3, 32, 32), torch.rand(2, 1, 32, 32), torch.zeros(2, 1, 32, 32)
     both = g2(*x)
@@ -98,7 +107,7 @@ def test_a_batch_of_two_is_two_batches_of_one() -> None:
         torch.testing.assert_close(both[i : i + 1], g2(*(t[i : i + 1] for t in x)), atol=1e-6, rtol=0)
 
 
-def test_patch_discriminator_sees_70_pixels_and_gives_30x30_for_256() -> None:
+def test_the_discriminators_receptive_field_is_70_pixels_and_its_output_30x30_for_256() -> None:
     d = Discriminator(2, 0.1)
     outputs = d(torch.rand(1, 2, 256, 256))
     assert [tuple(y.shape[1:]) for y in outputs] == [
@@ -111,20 +120,20 @@ def test_patch_discriminator_sees_70_pixels_and_gives_30x30_for_256() -> None:
     x = torch.rand(1, 2, 256, 256, requires_grad=True)
     d(x)[-1][0, 0, 15, 15].backward()
     assert x.grad is not None
-    touched = x.grad.abs().sum((0, 1)) > 0
-    assert (int(touched.any(0).sum()), int(touched.any(1).sum())) == (70, 70)
+    receptive_field = x.grad.abs().sum((0, 1)) > 0
+    assert (int(receptive_field.any(0).sum()), int(receptive_field.any(1).sum())) == (70, 70)
 
 
-def test_grey_is_rgb2gray() -> None:
+def test_rgb_to_gray_is_skimages_rgb2gray() -> None:
     image = torch.rand(1, 3, 9, 7)
     expected = skimage.color.rgb2gray(image[0].permute(1, 2, 0).numpy())
-    torch.testing.assert_close(grey(image)[0, 0], torch.from_numpy(expected))
+    torch.testing.assert_close(rgb_to_gray(image)[0, 0], torch.from_numpy(expected))
 
 
 # -- losses ----------------------------------------------------------------------------------------------------
 
 
-def test_losses_of_an_undecided_discriminator() -> None:
+def test_losses_for_logits_of_zero() -> None:
     logits = torch.zeros(2, 1, 6, 6)  # D = 0.5
     assert float((gan_real(logits) + gan_fake(logits)) / 2) == pytest.approx(math.log(2))
     assert float(gan_generator(logits)) == pytest.approx(math.log(2))
@@ -138,8 +147,8 @@ def test_feature_matching_sums_means_over_layers() -> None:
     assert float(feature_matching([r + 0.5 for r in real], real)) == pytest.approx(1.0)
 
 
-def test_identical_edges_match_at_every_training_step(batch) -> None:
-    """Real and generated edges go through D1 under the same weights, in training mode too."""
+def test_feature_matching_of_equal_edges_is_zero_in_training_mode(batch) -> None:
+    """Real and generated edges pass through D1 with the same spectrally normalised weights."""
     model = build()
     phase = model.phase("edge")
     model.set_phase(phase)
@@ -148,7 +157,7 @@ def test_identical_edges_match_at_every_training_step(batch) -> None:
 
 
 @pytest.mark.parametrize("fraction", [0.25, 0.5])
-def test_l1_is_measured_in_hole_areas(fraction) -> None:
+def test_l1_is_divided_by_the_hole_area(fraction) -> None:
     truth = torch.rand(2, 3, 8, 8)
     assert float(l1_over_hole(truth + 0.1, truth, torch.tensor(fraction))) == pytest.approx(
         0.1 / fraction, rel=1e-5
@@ -156,51 +165,53 @@ def test_l1_is_measured_in_hole_areas(fraction) -> None:
     assert math.isfinite(float(l1_over_hole(truth + 0.1, truth, torch.tensor(0.0))))
 
 
-def test_l1_takes_the_global_batchs_mask_when_it_is_given(batch) -> None:
-    """Two ranks of 3 and 5 photographs with unequal holes: their means, weighted, are the whole batch's."""
+def test_l1_uses_the_global_mask_mean_if_given(batch) -> None:
+    """Two ranks with 3 and 5 photographs and unequal holes: the weighted mean of their losses is the whole batch's."""
     model = build()
     phase = model.phase("inpaint")
     mask = batch["mask"].clone()
     mask[:3, :, 8:16] = 0
     batch = {**batch, "mask": mask}
     out = {"image": torch.rand_like(batch["image"])}
-    whole = model.generator_losses(batch, out, phase)["l1"]
-    parts = [
+    full = model.generator_losses(batch, out, phase)["l1"]
+    rank_losses = [
         model.generator_losses(
-            {**{k: v[part] for k, v in batch.items()}, "mask_mean": mask.mean()},
-            {"image": out["image"][part]},
+            {**{k: v[samples] for k, v in batch.items()}, "mask_mean": mask.mean()},
+            {"image": out["image"][samples]},
             phase,
         )["l1"]
-        for part in (slice(0, 3), slice(3, 8))
+        for samples in (slice(0, 3), slice(3, 8))
     ]
-    torch.testing.assert_close(3 / 8 * parts[0] + 5 / 8 * parts[1], whole)
+    torch.testing.assert_close(3 / 8 * rank_losses[0] + 5 / 8 * rank_losses[1], full)
 
 
-def test_gram_of_a_constant_is_its_square_over_the_channels() -> None:
-    torch.testing.assert_close(gram(torch.full((2, 5, 6, 7), 3.0)), torch.full((2, 5, 5), 9 / 5))
+def test_the_gram_matrix_of_a_constant_is_its_square_over_the_channels() -> None:
+    torch.testing.assert_close(gram_matrix(torch.full((2, 5, 6, 7), 3.0)), torch.full((2, 5, 5), 9 / 5))
     a = {"x": torch.rand(1, 4, 5, 5)}
     order = torch.randperm(25)
     shuffled = {"x": a["x"].flatten(2)[:, :, order].view(1, 4, 5, 5)}
-    assert float(style(shuffled, a)) == pytest.approx(0, abs=1e-6)  # where something is does not matter
+    assert float(style_loss(shuffled, a)) == pytest.approx(
+        0, abs=1e-6
+    )  # the positions of features do not matter
 
 
-def test_style_depends_on_the_hole_alone_and_perceptual_on_all(batch) -> None:
+def test_style_depends_on_the_hole_only_and_perceptual_on_the_whole_image(batch) -> None:
     model = build()
     phase = model.phase("inpaint")
     image, mask = batch["image"], batch["mask"]
 
-    def terms(fake: Tensor, mask: Tensor) -> dict[str, Tensor]:
+    def losses(fake: Tensor, mask: Tensor) -> dict[str, Tensor]:
         return model.generator_losses({**batch, "mask": mask}, {"image": fake}, phase)
 
     outside = image + 0.3 * (1 - mask)
-    assert float(terms(outside, mask)["s"]) == 0
-    assert float(terms(outside, mask)["p"]) > 0
-    assert float(terms(image + 0.3 * mask, mask)["s"]) > 0
-    assert float(terms(image + 0.3, torch.zeros_like(mask))["s"]) == 0
-    assert float(terms(image, mask)["p"]) == 0
+    assert float(losses(outside, mask)["s"]) == 0
+    assert float(losses(outside, mask)["p"]) > 0
+    assert float(losses(image + 0.3 * mask, mask)["s"]) > 0
+    assert float(losses(image + 0.3, torch.zeros_like(mask))["s"]) == 0
+    assert float(losses(image, mask)["p"]) == 0
 
 
-def test_released_weights_and_rates() -> None:
+def test_loss_weights_and_learning_rates_are_the_released_ones() -> None:
     model = build_model("edge_connect", width=0.05)
     assert model.weights(model.phase("edge")) == {"D1": 1, "adv1": 1, "FM": 10}
     assert model.weights(model.phase("inpaint")) == {"D2": 1, "l1": 1, "adv2": 0.1, "p": 0.1, "s": 250}
@@ -211,7 +222,7 @@ def test_released_weights_and_rates() -> None:
 
 
 @pytest.mark.parametrize("gan", ["nsgan", "lsgan", "hinge"])
-def test_every_gan_loss_trains(gan, batch, training) -> None:
+def test_every_gan_kind_can_be_trained(gan, batch, training) -> None:
     model = build(gan=gan, lambda_p=0, lambda_s=0)
     trainer = training.Trainer(model, model.phase("joint"))
     assert all(v.isfinite() for v in trainer.step(batch).values())
@@ -220,12 +231,12 @@ def test_every_gan_loss_trains(gan, batch, training) -> None:
 # -- phases ----------------------------------------------------------------------------------------------------
 
 
-def test_phases_paint_over_true_edges_then_over_generated_ones(batch) -> None:
+def test_g2_gets_true_edges_first_and_generated_ones_in_later_phases(batch) -> None:
     model = build().eval()
     g1, g2, mask, edge = model.networks[G1], model.networks[G2], batch["mask"], batch["edge"]
     with torch.no_grad():
-        drawn = g1(grey(batch["image"]), edge, mask)
-        composite = torch.where(mask > 0, drawn, edge)
+        generated = g1(rgb_to_gray(batch["image"]), edge, mask)
+        composite = torch.where(mask > 0, generated, edge)
         expected = {"inpaint_canny": edge, "inpaint": composite, "joint": composite}
         for name, edges in expected.items():
             out = model.generate(batch, model.phase(name))
@@ -243,8 +254,8 @@ def test_g1_learns_from_g2s_losses_in_the_joint_phase_only(batch) -> None:
         assert all((g is not None) == (name == "joint") for g in gradients)
 
 
-def test_one_backward_of_the_joint_phase_is_the_sum_of_both(batch) -> None:
-    """papers.md 0.3: the released code frees G1's graph before its own loss needs it."""
+def test_the_joint_phases_gradient_is_the_sum_of_both_losses_gradients(batch) -> None:
+    """docs/papers.md 0.3: the released code frees G1's graph before G1's own loss needs it."""
     model = build(lambda_p=0, lambda_s=0)
     phase = model.phase("joint")
     model.set_phase(phase)
@@ -260,18 +271,18 @@ def test_one_backward_of_the_joint_phase_is_the_sum_of_both(batch) -> None:
         torch.testing.assert_close(b, e + i, atol=1e-6, rtol=1e-3)
 
 
-def test_drop_d1_leaves_g1_to_g2s_losses() -> None:
-    phase = build(drop_d1=True).phase("joint")
+def test_joint_without_d1_trains_g1_with_g2s_losses_only() -> None:
+    phase = build(joint_without_d1=True).phase("joint")
     assert phase.discriminators == (D2,)
     assert phase.generators == (G1, G2)
-    assert build(drop_d1=True).weights(phase).keys() == {"D2", "l1", "adv2", "p", "s"}
+    assert build(joint_without_d1=True).weights(phase).keys() == {"D2", "l1", "adv2", "p", "s"}
 
 
-def test_no_pass_is_run_twice(batch, training) -> None:
-    """D(real) and D(fake) for D; for G, D(fake) and where features match D(real); two of each feature pass."""
+def test_no_network_runs_more_often_than_needed(batch, training) -> None:
+    """D(real) and D(fake) for D; for G, D(fake), and D(real) for feature matching; two passes per feature loss."""
     model = build()
     calls: list[str] = []
-    for name, network in [*model.networks.items(), ("phi", model.features())]:
+    for name, network in [*model.networks.items(), ("phi", model.feature_stack())]:
         network.register_forward_hook(lambda *_, name=name: calls.append(name))
     expected = {
         "edge": {G1: 1, D1: 4},
@@ -286,26 +297,26 @@ def test_no_pass_is_run_twice(batch, training) -> None:
         assert {name: calls.count(name) for name in calls} == expected[phase.name]
 
 
-def test_g2_alone_on_true_edges_or_without_edges_is_g2_alone(batch, training) -> None:
-    for edges, phase, channels in (("canny", "inpaint_canny", 4), ("none", "inpaint", 3)):
-        model = build(edges=edges, lambda_p=0, lambda_s=0)
+def test_with_true_edges_or_without_edges_there_is_only_g2(batch, training) -> None:
+    for edge_input, phase, channels in (("canny", "inpaint_canny", 4), ("none", "inpaint", 3)):
+        model = build(edge_input=edge_input, lambda_p=0, lambda_s=0)
         assert [*model.networks] == [G2, D2]
         assert [p.name for p in model.phases] == [phase]
         assert model.networks[G2].body[1].in_channels == channels
         losses = training.Trainer(model, model.phases[0]).step(batch)
         assert losses.keys() == {"D2", "l1", "adv2"}
     with torch.device("meta"):
-        without = build_model("edge_connect", edges="none").networks[G2]
-    assert count(without) == 10_774_595 - 64 * 49  # the first layer's weights for an edge
+        without = build_model("edge_connect", edge_input="none").networks[G2]
+    assert count_parameters(without) == 10_774_595 - 64 * 49  # the first layer's weights for the edge channel
 
 
-def test_true_edges_reach_g2_in_completion_and_none_are_needed_without(batch) -> None:
+def test_completion_passes_true_edges_to_g2_or_needs_none(batch) -> None:
     image, mask, edge = batch["image"], batch["mask"], batch["edge"]
-    canny, none = build(edges="canny").eval(), build(edges="none").eval()
+    canny, none = build(edge_input="canny").eval(), build(edge_input="none").eval()
     with torch.no_grad():
         expected = canny.networks[G2](image, edge, mask)
-    done = canny.complete(image, mask, edge)
-    torch.testing.assert_close(done[:, :, 8:24, 8:24], expected[:, :, 8:24, 8:24])
+    completed = canny.complete(image, mask, edge)
+    torch.testing.assert_close(completed[:, :, 8:24, 8:24], expected[:, :, 8:24, 8:24])
     with pytest.raises(ValueError, match="needs edges"):
         canny.complete(image, mask)
     assert torch.equal(none.complete(image, mask), none.complete(image, mask, edge))
@@ -315,27 +326,27 @@ def test_true_edges_reach_g2_in_completion_and_none_are_needed_without(batch) ->
 # -- completion ------------------------------------------------------------------------------------------------
 
 
-def test_edges_drawn_by_a_person_replace_g1s_in_their_photograph_only() -> None:
+def test_user_drawn_edges_replace_g1s_in_their_photograph_only() -> None:
     model = build().eval()
     image, mask, edge = torch.rand(2, 3, 32, 32), torch.zeros(2, 1, 32, 32), torch.zeros(2, 1, 32, 32)
     mask[:, :, 8:24, 8:24] = 1
     edge[:, :, 2, :] = 1
-    untouched = model.complete(image, mask, edge)
-    drawn = edge.clone()
-    drawn[1, :, 12:16, 12] = 1
-    done = model.complete(image, mask, drawn)
-    assert torch.equal(done[0], untouched[0])
+    generated = model.complete(image, mask, edge)
+    user_edges = edge.clone()
+    user_edges[1, :, 12:16, 12] = 1
+    completed = model.complete(image, mask, user_edges)
+    assert torch.equal(completed[0], generated[0])
     with torch.no_grad():
-        expected = model.networks[G2](image, drawn, mask)
-    torch.testing.assert_close(done[1, :, 8:24, 8:24], expected[1, :, 8:24, 8:24])
+        expected = model.networks[G2](image, user_edges, mask)
+    torch.testing.assert_close(completed[1, :, 8:24, 8:24], expected[1, :, 8:24, 8:24])
 
 
-def test_without_edges_completion_names_who_computes_them() -> None:
+def test_the_error_for_missing_edges_names_load_model() -> None:
     with pytest.raises(ValueError, match="load_model"):
         build().complete(torch.rand(1, 3, 32, 32), torch.zeros(1, 1, 32, 32))
 
 
-def test_training_without_edges_is_named(batch) -> None:
+def test_training_without_edges_is_refused(batch) -> None:
     model = build()
     with pytest.raises(ValueError, match="phase edge needs edges"):
         model.generate({**batch, "edge": None}, model.phase("edge"))
@@ -344,22 +355,25 @@ def test_training_without_edges_is_named(batch) -> None:
 # -- features --------------------------------------------------------------------------------------------------
 
 
-def test_missing_weights_are_named_before_training_starts() -> None:
+def test_missing_weights_are_reported_before_training_starts() -> None:
     model = build_model("edge_connect", width=0.05)
     model.set_phase(model.phase("edge"))  # needs none
     for name in ("inpaint_canny", "inpaint", "joint"):
         with pytest.raises(FileNotFoundError, match="vgg19 needs a weights file"):
-            model.prepare(model.phase(name))
+            model.load_loss_networks(model.phase(name))
     without = build_model("edge_connect", width=0.05, lambda_p=0, lambda_s=0)
-    without.prepare(without.phase("inpaint"))
+    without.load_loss_networks(without.phase("inpaint"))
 
 
-def test_layers_exist_in_their_stacks_and_can_be_chosen(batch) -> None:
+def test_the_default_feature_layers_exist_and_others_can_be_chosen(batch) -> None:
     model = build(
         features={"name": "efficientnet_lite0", "perceptual": ["stage1"], "style": ["stem"]}, lambda_s=0
     )
-    stack = model.features()
-    assert {*PERCEPTUAL["efficientnet_lite0"], *STYLE["efficientnet_lite0"]} <= stack.layers.keys()
+    stack = model.feature_stack()
+    assert {
+        *PERCEPTUAL_LAYERS["efficientnet_lite0"],
+        *STYLE_LAYERS["efficientnet_lite0"],
+    } <= stack.layer_channels.keys()
     fake = batch["image"].flip(0)
     losses = model.generator_losses(batch, {"image": fake}, model.phase("inpaint"))
     expected = F.l1_loss(stack(fake, ["stage1"])["stage1"], stack(batch["image"], ["stage1"])["stage1"])
@@ -370,15 +384,15 @@ def test_layers_exist_in_their_stacks_and_can_be_chosen(batch) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"edges": "sobel"},
+        {"edge_input": "sobel"},
         {"gan": "wgan"},
         {"features": "vgg16"},
         {"features": {"name": "vgg19", "wieghts": "x"}},
-        {"lr_drop": 0},
+        {"lr_drop_at": 0},
         {"width": 0},
         {"residual_blocks": -1},
     ],
 )
-def test_options_out_of_range_are_named(options) -> None:
+def test_options_out_of_range_are_refused(options) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         build_model("edge_connect", **options)

@@ -1,4 +1,4 @@
-"""GLCIC: papers.md 0.4 and 5, its phases, and what its discriminator compares."""
+"""GLCIC: docs/papers.md 0.4 and 5, phases, and the inputs of the discriminator."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from models import build_model
-from models.glcic import GLCIC, PLACES, Branch, Discriminator, Generator
-from models.window import around, crop
+from models.glcic import GLCIC, PLACES365_MEAN, Branch, Discriminator, Generator
+from models.hole_crop import crop, crop_corner
 
 
-def count(network: nn.Module) -> int:
+def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -25,7 +25,7 @@ def build(**options: Any) -> GLCIC:
     return model
 
 
-def boxes(size: int, *holes: tuple[int, int, int, int]) -> Tensor:
+def box_masks(size: int, *holes: tuple[int, int, int, int]) -> Tensor:
     """[B,1,S,S] with one box (top, bottom, left, right) each."""
     mask = torch.zeros(len(holes), 1, size, size)
     for m, (top, bottom, left, right) in zip(mask, holes, strict=True):
@@ -39,9 +39,14 @@ def boxes(size: int, *holes: tuple[int, int, int, int]) -> Tensor:
 def test_parameter_counts_are_the_papers() -> None:
     with torch.device("meta"):
         networks = build_model("glcic").networks
-    assert count(networks["generator"]) == 6_072_131
+    assert count_parameters(networks["generator"]) == 6_072_131
     d = networks["discriminator"]
-    assert [count(d), count(d.whole), count(d.local), count(d.fc)] == [
+    assert [
+        count_parameters(d),
+        count_parameters(d.whole),
+        count_parameters(d.local),
+        count_parameters(d.fc),
+    ] == [
         45_063_681,
         25_808_384,
         19_253_248,
@@ -82,29 +87,29 @@ def test_layers_are_the_papers() -> None:
     assert kinds[48:] == ["Conv2d", "Sigmoid"]
 
 
-def innermost_sight(layers: list[nn.Module], side: int) -> tuple[int, int]:
-    """Height and width in px of what the middle unit behind `layers` depends on, by its gradient."""
+def receptive_field(layers: list[nn.Module], side: int) -> tuple[int, int]:
+    """Height and width in px of the receptive field of the central unit after `layers`, from its gradient."""
     x = torch.ones(1, 4, side, side, dtype=torch.double, requires_grad=True)
     y = x
     for layer in layers:
-        if isinstance(layer, nn.Conv2d):  # positive throughout, so that nothing cancels
+        if isinstance(layer, nn.Conv2d):  # positive weights, so that nothing cancels
             nn.init.constant_(layer.weight, 1 / layer.weight[0].numel())
             nn.init.zeros_(layer.bias)
         y = layer.double().eval()(y)
-    middle = y.shape[2] // 2
-    (slope,) = torch.autograd.grad(y[0, :, middle, middle].sum(), x)
-    seen = slope[0].abs().sum(0) > 0
-    return int(seen.any(1).sum()), int(seen.any(0).sum())
+    centre = y.shape[2] // 2
+    (gradient,) = torch.autograd.grad(y[0, :, centre, centre].sum(), x)
+    field = gradient[0].abs().sum(0) > 0
+    return int(field.any(1).sum()), int(field.any(0).sum())
 
 
-def test_innermost_units_see_287_pixels_and_79_without_dilation() -> None:
+def test_the_receptive_field_is_287_pixels_and_79_without_dilation() -> None:
     inner = [*Generator(width=1 / 64).body][: 12 * 3]
-    assert innermost_sight(inner, 400) == (287, 287)
+    assert receptive_field(inner, 400) == (287, 287)
     for layer in inner:
         if isinstance(layer, nn.Conv2d) and layer.dilation != (1, 1):
             layer.dilation = layer.padding = (1, 1)
-    # the paper quotes 307 px and 99 without: 208 apart as well, (2 + 4 + 8 + 16) - 4 times 2 x 4 px
-    assert innermost_sight(inner, 400) == (79, 79)
+    # the paper states 307 px, and 99 without: the same difference of 208 px, ((2 + 4 + 8 + 16) - 4) 2 x 4 px
+    assert receptive_field(inner, 400) == (79, 79)
 
 
 @pytest.mark.parametrize("size", [32, 64, 128, 256])
@@ -121,87 +126,87 @@ def test_branches_end_at_4x4_for_every_power_of_two(size) -> None:
     assert Branch(size, 0.05)(torch.rand(2, 3, size, size)).shape == (2, 51)
 
 
-def test_the_hole_has_the_mean_colour_and_is_not_seen() -> None:
-    seen: list[Tensor] = []
-    g = build(mean_colour=[0.2, 0.4, 0.6]).networks["generator"].eval()
-    g.body.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    image, mask = torch.rand(1, 3, 32, 32), boxes(32, (8, 20, 4, 24))
+def test_c_sees_the_mean_color_in_the_hole() -> None:
+    inputs: list[Tensor] = []
+    g = build(mean_color=[0.2, 0.4, 0.6]).networks["generator"].eval()
+    g.body.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    image, mask = torch.rand(1, 3, 32, 32), box_masks(32, (8, 20, 4, 24))
     hole = mask.bool().expand(-1, 3, -1, -1)
     out = g(image, mask)
     assert out.shape == image.shape
     assert 0 < out.min() < out.max() < 1
     assert torch.equal(out, g(torch.where(hole, torch.nan, image), mask))
-    x, x_mask = seen[0][:, :3], seen[0][:, 3:]
+    x, x_mask = inputs[0][:, :3], inputs[0][:, 3:]
     assert torch.equal(x_mask, mask)
     assert torch.equal(x[~hole], image[~hole])
     colour = torch.tensor([0.2, 0.4, 0.6])
     assert torch.equal(x[hole].view(3, -1), colour[:, None].expand(3, 12 * 20))
-    assert build().options.mean_colour == PLACES
+    assert build().options.mean_color == PLACES365_MEAN
     assert not any("mean" in key for key in g.state_dict() if "running" not in key)
 
 
-# -- what D compares -------------------------------------------------------------------------------------------
+# -- the discriminator's inputs --------------------------------------------------------------------------------
 
 
-def test_patches_lie_around_the_hole_clipped_into_the_image() -> None:
+def test_patches_are_centred_on_the_hole_and_shifted_into_the_image() -> None:
     model = build()
     holes = [
-        (10, 20, 14, 18),  # in the middle of the patch
+        (10, 20, 14, 18),  # centred in the patch
         (11, 20, 14, 17),  # odd
         (0, 6, 28, 32),  # a corner
         (2, 30, 12, 20),  # longer than the patch
-        (0, 0, 0, 0),  # none: the image's middle
+        (0, 0, 0, 0),  # no hole: the image's centre
     ]
-    top, left = around(boxes(32, *holes), model.options.size // 2)
+    top, left = crop_corner(box_masks(32, *holes), model.options.size // 2)
     assert top.tolist() == [7, 7, 0, 8, 8]
     assert left.tolist() == [8, 7, 16, 8, 8]
 
 
-def test_a_scattered_hole_counts_as_its_box() -> None:
+def test_a_scattered_hole_counts_as_its_bounding_box() -> None:
     mask = torch.zeros(1, 1, 32, 32)
     mask[0, 0, 5, 9] = mask[0, 0, 24, 20] = 1
-    assert [int(t) for t in around(mask, build().options.size // 2)] == [
+    assert [int(t) for t in crop_corner(mask, build().options.size // 2)] == [
         (5 + 25 - 16) // 2,
         (9 + 21 - 16) // 2,
     ]
 
 
-def test_crops_are_slices_and_pass_gradients_on() -> None:
+def test_crops_are_slices_with_gradients() -> None:
     image = torch.rand(3, 3, 32, 32, requires_grad=True)
     top, left = torch.tensor([0, 7, 16]), torch.tensor([16, 3, 0])
     patch = crop(image, top, left, 16)
     expected = torch.stack([x[:, t : t + 16, s : s + 16] for x, t, s in zip(image, top, left, strict=True)])
     assert torch.equal(patch, expected)
     weight = torch.rand_like(patch)
-    (slope,) = torch.autograd.grad((patch * weight).sum(), image)
-    assert torch.equal(crop(slope, top, left, 16), weight)
-    assert int((slope != 0).sum()) == int((weight != 0).sum())
+    (gradient,) = torch.autograd.grad((patch * weight).sum(), image)
+    assert torch.equal(crop(gradient, top, left, 16), weight)
+    assert int((gradient != 0).sum()) == int((weight != 0).sum())
 
 
-def test_real_patches_are_uniform_and_each_photographs_own() -> None:
-    numbers = torch.zeros(4, 4)
-    numbers[:, 0] = torch.tensor([0.0, 0.5, 0.999, 1.0])  # 1.0: what a double just below it becomes
-    numbers[:, 1] = torch.tensor([1.0, 0.999, 0.5, 0.0])
+def test_real_patches_are_uniform_and_independent_per_photograph() -> None:
+    uniform = torch.zeros(4, 4)
+    uniform[:, 0] = torch.tensor([0.0, 0.5, 0.999, 1.0])  # 1.0: a double just below 1, rounded to float32
+    uniform[:, 1] = torch.tensor([1.0, 0.999, 0.5, 0.0])
     model = build()
-    top, left = model.anywhere({"uniform": numbers, "image": torch.empty(4, 3, 32, 32)})
+    top, left = model.random_corner({"uniform": uniform, "image": torch.empty(4, 3, 32, 32)})
     assert top.tolist() == [0, 8, 16, 16]
     assert left.tolist() == [16, 16, 8, 0]
     many = (torch.arange(17_000) / 17_000)[:, None].expand(-1, 4)
-    top, _ = model.anywhere({"uniform": many, "image": torch.empty(17_000, 0)})
+    top, _ = model.random_corner({"uniform": many, "image": torch.empty(17_000, 0)})
     assert torch.bincount(top).tolist() == pytest.approx([1000] * 17, abs=1)
 
 
-@pytest.mark.parametrize("judged", ["completed", "output"])
-def test_d_sees_known_pixels_restored_or_the_raw_output(judged, batch, training) -> None:
-    model = build(judged=judged)
+@pytest.mark.parametrize("discriminator_input", ["completed", "output"])
+def test_d_sees_the_composite_or_the_raw_output(discriminator_input, batch, training) -> None:
+    model = build(discriminator_input=discriminator_input)
     phase = model.phase("joint")
     model.set_phase(phase)
     out = {"image": torch.rand(8, 3, 32, 32, requires_grad=True)}
     adv = model.generator_losses(batch, out, phase)["adv"]
-    (slope,) = torch.autograd.grad(adv, out["image"])
-    outside = slope * (1 - batch["mask"])
-    assert (slope * batch["mask"]).abs().sum() > 0
-    assert (outside.abs().sum() == 0) == (judged == "completed")
+    (gradient,) = torch.autograd.grad(adv, out["image"])
+    outside = gradient * (1 - batch["mask"])
+    assert (gradient * batch["mask"]).abs().sum() > 0
+    assert (outside.abs().sum() == 0) == (discriminator_input == "completed")
 
 
 # -- losses and phases -----------------------------------------------------------------------------------------
@@ -210,36 +215,36 @@ def test_d_sees_known_pixels_restored_or_the_raw_output(judged, batch, training)
 @pytest.mark.parametrize("reduction", ["hole", "image"])
 def test_rec_is_the_mse_on_the_hole(reduction, photos) -> None:
     model = build(reduction=reduction)
-    mask = boxes(32, *[(4, 12, 6, 6 + 2 * i) for i in range(1, 9)])
+    mask = box_masks(32, *[(4, 12, 6, 6 + 2 * i) for i in range(1, 9)])
     out = torch.where(mask > 0, photos + 0.1, torch.rand_like(photos)).requires_grad_()
     rec = model.generator_losses({"image": photos, "mask": mask}, {"image": out}, model.phases[0])["rec"]
     assert rec.item() == pytest.approx(0.01 * (1.0 if reduction == "hole" else float(mask.mean())), rel=1e-5)
-    (slope,) = torch.autograd.grad(rec, out)
-    assert (slope * (1 - mask)).abs().max() == 0
-    assert (slope * mask).abs().sum() > 0
+    (gradient,) = torch.autograd.grad(rec, out)
+    assert (gradient * (1 - mask)).abs().max() == 0
+    assert (gradient * mask).abs().sum() > 0
 
 
-def test_rec_of_two_ranks_is_that_of_one(photos) -> None:
+def test_rec_of_two_ranks_averages_to_that_of_one(photos) -> None:
     model = build()
-    mask = boxes(32, *[(4, 12, 6, 6 + 2 * i) for i in range(1, 9)])
+    mask = box_masks(32, *[(4, 12, 6, 6 + 2 * i) for i in range(1, 9)])
     batch, out = {"image": photos, "mask": mask, "mask_mean": mask.mean()}, torch.rand_like(photos)
-    parts = [{**batch, "image": photos[i : i + 4], "mask": mask[i : i + 4]} for i in (0, 4)]
+    halves = [{**batch, "image": photos[i : i + 4], "mask": mask[i : i + 4]} for i in (0, 4)]
     losses = [
-        model.generator_losses(part, {"image": o}, model.phases[0])["rec"]
-        for part, o in zip(parts, out.split(4), strict=True)
+        model.generator_losses(half, {"image": o}, model.phases[0])["rec"]
+        for half, o in zip(halves, out.split(4), strict=True)
     ]
-    whole = model.generator_losses(batch, {"image": out}, model.phases[0])["rec"]
-    torch.testing.assert_close(torch.stack(losses).mean(), whole)
+    full = model.generator_losses(batch, {"image": out}, model.phases[0])["rec"]
+    torch.testing.assert_close(torch.stack(losses).mean(), full)
 
 
-def test_a_batch_without_a_hole_has_no_loss_and_no_nan(photos) -> None:
+def test_rec_of_a_batch_without_holes_is_zero(photos) -> None:
     model = build()
     batch = {"image": photos, "mask": torch.zeros(8, 1, 32, 32)}
     assert float(model.generator_losses(batch, {"image": photos * 0.5}, model.phases[0])["rec"]) == 0
 
 
 @pytest.mark.parametrize(("gan", "expected"), [("minimax", math.log(0.5)), ("nsgan", -math.log(0.5))])
-def test_losses_of_an_undecided_discriminator(gan, expected, batch) -> None:
+def test_losses_for_logits_of_zero(gan, expected, batch) -> None:
     model = build(gan=gan)
     phase = model.phase("joint")
     nn.init.zeros_(model.networks["discriminator"].fc.weight)
@@ -252,20 +257,20 @@ def test_losses_of_an_undecided_discriminator(gan, expected, batch) -> None:
 
 
 @pytest.mark.parametrize("gan", ["minimax", "nsgan"])
-def test_both_adversarial_terms_make_the_output_more_convincing(gan, batch) -> None:
-    """Their gradients have one direction, that of a higher logit; the paper's is the smaller by D / (1 - D)."""
+def test_the_gradients_of_both_adversarial_losses_raise_the_logits(gan, batch) -> None:
+    """Their gradients have the same sign; the paper's (minimax) is smaller by the factor D / (1 - D)."""
     model = build(gan=gan)
     d = model.networks["discriminator"]
     logits = torch.full((8, 1), -3.0, requires_grad=True)
     d.forward = lambda image, patch: logits
     adv = model.generator_losses(batch, {"image": batch["image"]}, model.phase("joint"))["adv"]
-    (slope,) = torch.autograd.grad(adv, logits)
-    chance = 1 / (1 + math.exp(3))
-    expected = -chance if gan == "minimax" else chance - 1
-    torch.testing.assert_close(slope, torch.full_like(slope, expected / 8))
+    (gradient,) = torch.autograd.grad(adv, logits)
+    probability = 1 / (1 + math.exp(3))
+    expected = -probability if gan == "minimax" else probability - 1
+    torch.testing.assert_close(gradient, torch.full_like(gradient, expected / 8))
 
 
-def test_a_joint_step_without_alpha_is_a_step_of_the_first_phase(batch, training) -> None:
+def test_a_joint_step_with_alpha_0_equals_a_step_of_the_first_phase(batch, training) -> None:
     first, joint = build(alpha=0), build(alpha=0)
     joint.load_state_dict(first.state_dict())
     with_alpha = copy.deepcopy(joint)
@@ -286,14 +291,14 @@ def test_phases_are_the_papers() -> None:
         ("discriminator", 10_000, (), d),
         ("joint", 400_000, g, d),
     ]
-    assert {p.optimiser for p in model.phases} == {"adadelta"}
+    assert {p.optimizer for p in model.phases} == {"adadelta"}
     assert {rate for p in model.phases for rate in p.lr.values()} == {1.0}
-    adam = build(optimiser="adam", lr_adam=2e-3)
-    assert {p.optimiser for p in adam.phases} == {"adam"}
+    adam = build(optimizer="adam", lr_adam=2e-3)
+    assert {p.optimizer for p in adam.phases} == {"adam"}
     assert {rate for p in adam.phases for rate in p.lr.values()} == {2e-3}
 
 
-def test_weights_are_the_papers_and_the_ports() -> None:
+def test_loss_weights_are_the_papers_or_the_ports() -> None:
     model, port = build(), build(scale_discriminator=True)
     assert [model.weights(p) for p in model.phases] == [
         {"rec": 1.0},
@@ -304,7 +309,7 @@ def test_weights_are_the_papers_and_the_ports() -> None:
     assert port.weights(port.phase("joint"))["discriminator"] == 0.0002
 
 
-def test_the_second_phase_leaves_c_and_its_statistics_alone(batch, training) -> None:
+def test_the_second_phase_changes_neither_c_nor_its_statistics(batch, training) -> None:
     model = build()
     before = {key: value.clone() for key, value in model.networks["generator"].state_dict().items()}
     trainer = training.Trainer(model, model.phase("discriminator"))
@@ -313,7 +318,7 @@ def test_the_second_phase_leaves_c_and_its_statistics_alone(batch, training) -> 
     assert losses[-1] < losses[0]
 
 
-def test_all_phases_run_in_double(batch, training) -> None:
+def test_all_phases_run_in_double_precision(batch, training) -> None:
     model = build().double()
     double = {key: value.double() for key, value in batch.items()}
     for phase in model.phases:
@@ -321,7 +326,7 @@ def test_all_phases_run_in_double(batch, training) -> None:
         assert all(value.dtype == torch.double for value in losses.values())
 
 
-def test_other_training_sizes_are_named() -> None:
+def test_other_training_sizes_are_refused() -> None:
     model = build()
     with pytest.raises(ValueError, match="glcic of size 32 trains on 32x32 px, not \\(64, 64\\)"):
         model.generate(
@@ -338,12 +343,12 @@ def test_other_training_sizes_are_named() -> None:
         {"alpha": -1},
         {"reduction": "sum"},
         {"gan": "hinge"},
-        {"judged": "hole"},
-        {"optimiser": "sgd"},
-        {"mean_colour": [0.5, 0.5]},
-        {"mean_colour": [104, 117, 123]},
+        {"discriminator_input": "hole"},
+        {"optimizer": "sgd"},
+        {"mean_color": [0.5, 0.5]},
+        {"mean_color": [104, 117, 123]},
     ],
 )
-def test_options_out_of_range_are_named(options) -> None:
+def test_options_out_of_range_are_refused(options) -> None:
     with pytest.raises(ValueError, match=f"glcic .*{next(iter(options))}"):
         build_model("glcic", **options)

@@ -1,13 +1,14 @@
-"""Fixtures of the registry's tests: small models, exported once, and versions that the step of the chain registered."""
+"""Fixtures for the registry's tests: small models, exported once, and versions that the register step created."""
 
 from __future__ import annotations
 
 import copy
 import os
+import pickle
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +16,57 @@ import pytest
 import torch
 from filelock import FileLock
 from mlflow import MlflowClient
-from small import liven, without_traces
-from stores import Chain, Store, network_input, photograph
 
 from models import build_model
 from models.base import Model
-from pipelines.registry import LoadedModel, exporting, load_model
+from pipelines.cli.main import main
+from pipelines.registry import LoadedModel, load_model, registration
+from support.mlflow_stores import MlflowStore, PipelineOutputs, network_input, photograph
+from support.small_models import disable_torch_trace, scale_activations
 
 
 @pytest.fixture(scope="session")
 def encoder() -> Model:
     torch.manual_seed(0)
-    return liven(build_model("context_encoder", size=32, width=0.0625), network_input(*photograph()))
+    return scale_activations(
+        build_model("context_encoder", size=32, width=0.0625), network_input(*photograph())
+    )
 
 
 @pytest.fixture(scope="session")
 def edge_connect() -> Model:
     torch.manual_seed(0)
-    return liven(build_model("edge_connect", width=0.0625, residual_blocks=1), network_input(*photograph()))
+    return scale_activations(
+        build_model("edge_connect", width=0.0625, residual_blocks=1), network_input(*photograph())
+    )
+
+
+@pytest.fixture
+def command_line(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs `inpaint` in this process: exit status, output, errors."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return int(end.value.code or 0), captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def one_thread_and_seed() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
 def quiet_torch() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        without_traces(patch)
+        disable_torch_trace(patch)
         yield
 
 
@@ -51,28 +79,17 @@ def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exporting_once(
-    tmp_path_factory: pytest.TempPathFactory, quiet_torch: None
-) -> Callable[[str], AbstractContextManager[None]]:
-    """Inside, an export takes its time in one of the tests' processes only; the others copy what it made."""
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], Any]], Any]:
+    """A function that returns `make(folder)`, called in one test process only; the others unpickle its result."""
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    export = exporting.export
 
-    @contextmanager
-    def once(name: str) -> Iterator[None]:
-        kept = base / f"export-{name}"
-
-        def export_or_copy(model: Model, folder: Path, *rest: Any) -> None:
-            with FileLock(f"{kept}.lock"):
-                if not kept.exists():
-                    export(model, kept.with_suffix(".part"), *rest)
-                    kept.with_suffix(".part").rename(kept)
-            shutil.copytree(kept, folder)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(exporting, "export", export_or_copy)
-            yield
+    def once(name: str, make: Callable[[Path], Any]) -> Any:
+        pickle_file = base / f"{name}.pickle"
+        with FileLock(f"{pickle_file}.lock"):
+            if not pickle_file.exists():
+                pickle_file.write_bytes(pickle.dumps(make(tmp_path_factory.mktemp(name))))
+            return pickle.loads(pickle_file.read_bytes())
 
     return once
 
@@ -80,25 +97,38 @@ def exporting_once(
 @pytest.fixture(scope="session")
 def store(
     tmp_path_factory: pytest.TempPathFactory,
+    made_once: Callable[..., Any],
+    quiet_torch: None,
     empty: Path,
     encoder: Model,
     edge_connect: Model,
-    exporting_once: Callable[[str], AbstractContextManager[None]],
-) -> Store:
-    store = Store.make(tmp_path_factory.mktemp("registry"), empty)
-    for name, model in (("encoder", encoder), ("edges", edge_connect)):
-        with exporting_once(name):
-            assert store.register(model, name) == "1"
-    return store
+) -> MlflowStore:
+    """Version 1 of `encoder` and of `edges`, in a database for this process; all processes share the artifacts."""
+
+    def make(folder: Path) -> tuple[Path, str]:
+        made = MlflowStore.create(folder, empty)
+        for name, model in (("encoder", encoder), ("edges", edge_connect)):
+            assert made.register(model, name) == "1"
+        return folder / "mlflow.db", made.run_id
+
+    database, run = made_once("registry", make)
+    uri = f"sqlite:///{copied(database, tmp_path_factory.mktemp('store') / 'mlflow.db')}"
+    return MlflowStore(uri, MlflowClient(uri, registry_uri=uri), run)
+
+
+def copied(database: Path, to: Path) -> Path:
+    with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(to)) as target:
+        source.backup(target)  # includes its write-ahead log
+    return to
 
 
 @pytest.fixture(scope="session")
-def loaded(store: Store) -> dict[str, LoadedModel]:
+def loaded(store: MlflowStore) -> dict[str, LoadedModel]:
     return {name: load_model(f"models:/{name}/1", tracking_uri=store.uri) for name in ("encoder", "edges")}
 
 
 @pytest.fixture(scope="session")
-def exported(store: Store) -> Path:
+def exported(store: MlflowStore) -> Path:
     """The folder of an exported encoder."""
     version = store.client.get_model_version("encoder", "1")
     logged = store.client.get_logged_model(str(version.source).rpartition("/")[2])
@@ -106,42 +136,58 @@ def exported(store: Store) -> Path:
 
 
 @pytest.fixture
-def bare(tmp_path: Path, empty: Path) -> Store:
-    """A store of this test's own, with nothing in it."""
-    return Store.make(tmp_path, empty)
+def bare(tmp_path: Path, empty: Path) -> MlflowStore:
+    """An empty store for this test."""
+    return MlflowStore.create(tmp_path, empty)
 
 
 @pytest.fixture
-def quick(bare: Store, exported: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
-    """The same, where exporting is a copy."""
-    monkeypatch.setattr(exporting, "export", lambda model, folder, *rest: shutil.copytree(exported, folder))
+def quick(bare: MlflowStore, exported: Path, monkeypatch: pytest.MonkeyPatch) -> MlflowStore:
+    """An empty store in which exports are copies of one export."""
+    monkeypatch.setattr(
+        registration, "export_model", lambda model, folder, *rest: shutil.copytree(exported, folder)
+    )
     return bare
 
 
 @pytest.fixture(scope="session")
-def chain(
-    tmp_path_factory: pytest.TempPathFactory,
-    empty: Path,
-    encoder: Model,
-    exporting_once: Callable[[str], AbstractContextManager[None]],
-) -> Chain:
-    """Versions 1 to 3 of `encoder` as the chain registers them: 1 and 3 fill with white, 2 does not, and is champion."""
-    chain = Chain.make(tmp_path_factory.mktemp("chain"), empty)
-    white = copy.deepcopy(encoder)
-    with torch.no_grad():
-        for parameter in list(white.networks["generator"].parameters())[-2:]:
-            parameter.fill_(1.0)
-    for seed, (name, model) in enumerate((("white", white), ("chain", encoder), ("white", white))):
-        with exporting_once(f"{name}-{os.getpid()}"):  # this chain's runs are in it
-            chain.values.append(chain.register(model, seed))
-    return chain
+def chain(made_once: Callable[..., Any], quiet_torch: None, empty: Path, encoder: Model) -> PipelineOutputs:
+    """Versions 1 to 3 of `encoder` as the chain registers them: 1 and 3 fill with white, 2 does not, and is champion.
+    It is every process's: who changes its registry takes `registry_of_chain`."""
+
+    def make(folder: Path) -> PipelineOutputs:
+        made, white, exported = (
+            PipelineOutputs.create(folder, empty),
+            copy.deepcopy(encoder),
+            folder / "exported",
+        )
+        with torch.no_grad():
+            for parameter in list(white.networks["generator"].parameters())[-2:]:
+                parameter.fill_(1.0)
+        export = registration.export_model
+
+        def export_or_copy(model: Model, target: Path, *rest: Any) -> None:
+            if model_is_white and exported.exists():
+                shutil.copytree(exported, target)
+                return
+            export(model, target, *rest)
+            if model_is_white:
+                shutil.copytree(target, exported)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(registration, "export_model", export_or_copy)
+            for seed, model in enumerate((white, encoder, white)):
+                model_is_white = model is white
+                made.register_outputs.append(made.register(model, seed))
+        return made
+
+    found: PipelineOutputs = made_once("chain", make)
+    return found
 
 
 @pytest.fixture
-def registry_of_chain(chain: Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def registry_of_chain(chain: PipelineOutputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The address of a copy of its registry, which is also MLflow's."""
-    source, copied = chain.storage.path("mlflow.db") or "", tmp_path / "mlflow.db"
-    with closing(sqlite3.connect(source)) as database, closing(sqlite3.connect(copied)) as target:
-        database.backup(target)  # what is in its journal too
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+    uri = f"sqlite:///{copied(Path(chain.storage.local_path('mlflow.db') or ''), tmp_path / 'mlflow.db')}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return uri

@@ -1,4 +1,4 @@
-"""The servers' secrets: where they come from, how they are kept, and what else of the user's environment goes in."""
+"""The servers' secrets: their source, their storage, and which variables of the user's environment are passed."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from gateway import running_gateway
-from ports import free_port
 
 from pipelines.cluster import services
-from pipelines.cluster.services import ServiceError, read_environment, write_environment
+from pipelines.cluster.services import ServiceError, read_env_file, write_env_file
+from support.gateway import running_gateway
+from support.ports import free_port
 
 REAL = {
     "AWS_ACCESS_KEY_ID": "AKIAREALACCOUNT",
@@ -24,42 +24,45 @@ REAL = {
     "AWS_SESSION_TOKEN": "real-account-token",
     "MLFLOW_TRACKING_PASSWORD": "password-of-another-server",
 }
-STORE = "from mlflow.server import auth; auth.store.init_db(auth.auth_config.database_uri); "
-BOOTSTRAP = "from mlflow.server import auth; auth.bootstrap_admin_user()"  # before a server listens
-AUTHENTICATE = STORE + "print(auth.store.authenticate_user('admin', __import__('sys').stdin.read()))"
+START = """
+import sys
+from mlflow.server import auth
+auth.bootstrap_admin_user()  # before a server listens
+print(auth.store.authenticate_user("admin", sys.stdin.read()))
+"""
 
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
-    """What the servers would be started with, newest last; the formatting of a folder is left out."""
-    found: list[dict[str, str]] = []
-    monkeypatch.setattr(services, "_become", lambda command, folder, server: found.append(server))
-    monkeypatch.setattr(services, "_first_bucket", lambda *_: None)
+    """The environments with which servers would start, newest last; no folder is formatted."""
+    environments: list[dict[str, str]] = []
+    monkeypatch.setattr(services, "_exec_server", lambda command, folder, server: environments.append(server))
+    monkeypatch.setattr(services, "_create_bucket", lambda *_: None)
     for name, value in REAL.items():
         monkeypatch.setenv(name, value)
-    return found
+    return environments
 
 
-def test_the_gateways_keys_are_generated_and_the_same_at_the_next_start(
+def test_the_gateways_keys_are_generated_once_and_reused(
     tmp_path: Path, started: list[dict[str, str]]
 ) -> None:
     for _ in range(2):
-        services.s3(tmp_path, free_port())
-    own = read_environment(tmp_path / "s3.env")
-    assert not set(own.values()) & set(REAL.values())
-    assert len(own["AWS_ACCESS_KEY_ID"]) >= 16
-    assert len(own["AWS_SECRET_ACCESS_KEY"]) >= 32
+        services.serve_s3(tmp_path, free_port())
+    variables = read_env_file(tmp_path / "s3.env")
+    assert not set(variables.values()) & set(REAL.values())
+    assert len(variables["AWS_ACCESS_KEY_ID"]) >= 16
+    assert len(variables["AWS_SECRET_ACCESS_KEY"]) >= 32
     assert not any(set(server.values()) & set(REAL.values()) for server in started)
-    assert own["AWS_SESSION_TOKEN"] == ""  # of the real account, it would go with these keys
+    assert variables["AWS_SESSION_TOKEN"] == ""  # one of the real account would be sent with these keys
     keys = {(server["MINIO_ROOT_USER"], server["MINIO_ROOT_PASSWORD"]) for server in started}
-    assert keys == {(own["AWS_ACCESS_KEY_ID"], own["AWS_SECRET_ACCESS_KEY"])}
+    assert keys == {(variables["AWS_ACCESS_KEY_ID"], variables["AWS_SECRET_ACCESS_KEY"])}
 
 
-def test_a_container_gives_the_secrets_by_its_environment_when_asked_to(
+def test_from_environment_takes_the_secrets_from_the_environment(
     tmp_path: Path, started: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    services.s3(tmp_path, free_port(), from_environment=True)
-    services.mlflow(tmp_path, free_port(), from_environment=True)
+    services.serve_s3(tmp_path, free_port(), from_environment=True)
+    services.serve_mlflow(tmp_path, free_port(), from_environment=True)
     gateway, mlflow = started
     assert (gateway["MINIO_ROOT_USER"], gateway["MINIO_ROOT_PASSWORD"]) == (
         REAL["AWS_ACCESS_KEY_ID"],
@@ -68,21 +71,21 @@ def test_a_container_gives_the_secrets_by_its_environment_when_asked_to(
     assert mlflow["MLFLOW_AUTH_ADMIN_PASSWORD"] == REAL["MLFLOW_TRACKING_PASSWORD"]
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(ServiceError, match="AWS_SECRET_ACCESS_KEY is not in the environment"):
-        services.s3(tmp_path, free_port(), from_environment=True)
+        services.serve_s3(tmp_path, free_port(), from_environment=True)
 
 
-def test_keys_in_the_file_before_the_first_start_are_taken(
+def test_keys_in_the_file_before_the_first_start_are_used(
     tmp_path: Path, started: list[dict[str, str]]
 ) -> None:
-    """As somebody writes them by hand, readable by all until then."""
+    """Written by hand, readable by all until then."""
     file = tmp_path / "s3.env"
     file.write_text(
         "# mine\nAWS_ACCESS_KEY_ID='myself'\n\nexport AWS_SECRET_ACCESS_KEY=\"a longer secret\"\nexport MORE=1 # kept\n"
     )
     file.chmod(0o644)
-    services.s3(tmp_path, free_port())
+    services.serve_s3(tmp_path, free_port())
     assert (started[0]["MINIO_ROOT_USER"], started[0]["MINIO_ROOT_PASSWORD"]) == ("myself", "a longer secret")
-    assert read_environment(file)["MORE"] == "1"
+    assert read_env_file(file)["MORE"] == "1"
     assert file.stat().st_mode & 0o777 == 0o600
 
 
@@ -94,25 +97,20 @@ def test_keys_in_the_file_before_the_first_start_are_taken(
         ("mlflow", "MLFLOW_TRACKING_PASSWORD=eleven-char"),
     ],
 )
-def test_a_chosen_secret_that_the_server_would_refuse_is_named(
+def test_a_chosen_secret_that_is_too_short_is_reported(
     tmp_path: Path, started: list[dict[str, str]], server: str, line: str
 ) -> None:
     (tmp_path / f"{server}.env").write_text(line)
     with pytest.raises(ServiceError, match=f"^{line.partition('=')[0]} in .* is too short") as refused:
-        getattr(services, server)(tmp_path, free_port())
+        getattr(services, f"serve_{server}")(tmp_path, free_port())
     assert line.partition("=")[2] not in str(refused.value).split()
     assert not started
 
 
-def bootstrapped(server: dict[str, str]) -> None:
-    subprocess.run(
-        [sys.executable, "-c", BOOTSTRAP], env=os.environ | server, check=True, capture_output=True
-    )
-
-
-def authenticates(server: dict[str, str], password: str) -> bool:
+def is_admin_password(server: dict[str, str], password: str) -> bool:
+    """Whether the password is the administrator's after a server has started in this environment."""
     done = subprocess.run(
-        [sys.executable, "-c", AUTHENTICATE],
+        [sys.executable, "-c", START],
         env=os.environ | server,
         input=password,
         check=True,
@@ -122,31 +120,32 @@ def authenticates(server: dict[str, str], password: str) -> bool:
     return done.stdout.strip() == "True"
 
 
-def test_the_administrators_password_is_the_first_starts_or_the_start_is_refused(
+@pytest.mark.slow
+def test_a_start_with_another_administrator_password_is_refused(
     tmp_path: Path, started: list[dict[str, str]]
 ) -> None:
-    """MLflow keeps the password of an administrator that it has, whatever it is given at later starts."""
+    """MLflow keeps an existing administrator's password and ignores the one of later starts."""
     file = tmp_path / "mlflow.env"
     for _ in range(2):
-        services.mlflow(tmp_path, free_port())
-        bootstrapped(started[-1])
-    password = read_environment(file)["MLFLOW_TRACKING_PASSWORD"]
-    assert password not in REAL.values()
-    assert authenticates(started[-1], password)
+        services.serve_mlflow(tmp_path, free_port())
+        password = read_env_file(file)["MLFLOW_TRACKING_PASSWORD"]
+        assert password not in REAL.values()
+        assert is_admin_password(started[-1], password)
+    assert len({server["MLFLOW_AUTH_ADMIN_PASSWORD"] for server in started}) == 1
 
-    for text, why in (
+    for text, reason in (
         (None, "is missing"),
         ("", "has no MLFLOW_TRACKING_PASSWORD"),
-        ("other", "not its own"),
+        ("mistaken", "another password"),
     ):
         file.unlink()
         if text is not None:
-            write_environment(file, {"MLFLOW_TRACKING_PASSWORD": text} if text else {})
+            write_env_file(file, {"MLFLOW_TRACKING_PASSWORD": text} if text else {})
         before = file.read_bytes() if text is not None else None
-        with pytest.raises(ServiceError, match=f"{why}.*put it there.*move") as refused:
-            services.mlflow(tmp_path, free_port())
+        with pytest.raises(ServiceError, match=f"{reason}.*put it there.*move") as refused:
+            services.serve_mlflow(tmp_path, free_port())
         assert "\n" not in str(refused.value)
-        assert "other" not in str(refused.value)
+        assert "mistaken" not in str(refused.value)
         assert (file.read_bytes() if file.exists() else None) == before
         file.touch()
     assert len(started) == 2
@@ -169,21 +168,21 @@ def test_the_administrators_password_is_the_first_starts_or_the_start_is_refused
         "",
     ],
 )
-def test_a_shell_and_our_reader_get_the_value_that_was_written(tmp_path: Path, value: str) -> None:
+def test_values_written_are_read_back_by_a_shell_and_by_read_env_file(tmp_path: Path, value: str) -> None:
     file = tmp_path / "s.env"
-    write_environment(file, {"FIRST": value, "LAST": "1"})
+    write_env_file(file, {"FIRST": value, "LAST": "1"})
     script = '. ./s.env; printf "%s|%s" "$FIRST" "$LAST"; env | grep -c "^FIRST="'
     done = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == f"{value}|11\n"
-    assert read_environment(file) == {"FIRST": value, "LAST": "1"}
+    assert read_env_file(file) == {"FIRST": value, "LAST": "1"}
     assert os.listdir(tmp_path) == ["s.env"]
     assert file.stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.parametrize("value", ["a\nb", "a\rb", "a\0b", "a\u2028b"])
-def test_a_value_that_is_not_of_one_line_is_refused(tmp_path: Path, value: str) -> None:
+def test_a_value_of_several_lines_is_refused(tmp_path: Path, value: str) -> None:
     with pytest.raises(ServiceError, match=r"^X cannot be kept in .*s.env"):
-        write_environment(tmp_path / "s.env", {"X": value})
+        write_env_file(tmp_path / "s.env", {"X": value})
     assert not list(tmp_path.iterdir())
 
 
@@ -191,16 +190,16 @@ def test_a_value_that_is_not_of_one_line_is_refused(tmp_path: Path, value: str) 
     "line",
     ["X=$(touch x)", 'X="$HOME"', "X=a b", "X=`id`", "X='a", "X=a;id", "X=~", "echo", "1X=a", 'X="\\n"'],
 )
-def test_lines_that_a_shell_would_read_otherwise_are_refused_without_their_value(
-    tmp_path: Path, line: str
-) -> None:
+def test_lines_that_a_shell_would_expand_are_refused_without_showing_them(tmp_path: Path, line: str) -> None:
     (tmp_path / "s.env").write_text(f"# a comment\n{line}\n")
     with pytest.raises(ServiceError, match=r"s\.env, line 2: ") as refused:
-        read_environment(tmp_path / "s.env")
+        read_env_file(tmp_path / "s.env")
     assert line not in str(refused.value)
 
 
-def test_a_secret_is_private_before_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_of_secrets_is_private_from_its_creation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     modes = []
     opened = os.fdopen
     monkeypatch.setattr(
@@ -210,16 +209,17 @@ def test_a_secret_is_private_before_it_is_written(tmp_path: Path, monkeypatch: p
     )
     before = os.umask(0)
     try:
-        write_environment(tmp_path / "s.env", {"X": "1"})
+        write_env_file(tmp_path / "s.env", {"X": "1"})
     finally:
         os.umask(before)
     assert modes == [0o600]
 
 
-def test_a_gateway_takes_nothing_of_the_users_credentials(
+@pytest.mark.slow
+def test_the_gateway_gets_none_of_the_users_credentials(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`juicefs format` keeps ACCESS_KEY and SECRET_KEY of its environment in the database."""
+    """`juicefs format` stores ACCESS_KEY and SECRET_KEY of its environment in the database."""
     for name, value in REAL.items():
         monkeypatch.setenv(name, value)
         monkeypatch.setenv(name.removeprefix("AWS_").removesuffix("_ID"), value)

@@ -10,16 +10,9 @@ from scipy.linalg import sqrtm
 from skimage.data import astronaut
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from pipelines.evaluation.metrics import (
-    BANDS,
-    DEFINITIONS,
-    band_of,
-    frechet_distance,
-    frechet_gaussians,
-    image_metrics,
-    kernel_distance,
-    mean_of,
-)
+from data_prep.masks import HOLE_AREA_BANDS, hole_area_band
+from pipelines.evaluation.distances import frechet_distance, gaussian_frechet_distance, kernel_distance
+from pipelines.evaluation.metrics import METRIC_DEFINITIONS, finite_mean, image_metrics
 
 
 def constant(level: int, size: int = 64) -> np.ndarray:
@@ -44,7 +37,7 @@ def damaged(photograph: np.ndarray) -> np.ndarray:
     return np.where(centre_hole()[..., None] == 1, noisy, photograph)
 
 
-def test_errors_in_the_hole_are_four_times_those_of_the_whole_for_a_quarter_hole():
+def test_with_a_quarter_hole_errors_in_the_hole_are_four_times_those_of_the_whole_image():
     mask, truth = centre_hole(), constant(0)
     result = truth.copy()
     result[mask == 1] = 51  # an error of 0.2
@@ -59,14 +52,14 @@ def test_errors_in_the_hole_are_four_times_those_of_the_whole_for_a_quarter_hole
     assert scores["psnr_grey"] == pytest.approx(20)
 
 
-def test_touched_known_pixels_show():
+def test_changed_known_pixels_have_a_score_of_their_own():
     truth, mask = constant(100), centre_hole()
     scores = image_metrics(truth, np.where(mask[..., None] == 1, truth, truth + 51).astype(np.uint8), mask)
     assert scores["l1_percent_known"] == pytest.approx(20)
     assert scores["l1_percent_hole"] == 0
 
 
-def test_edgeconnect_mae_and_relative_l1_of_a_double():
+def test_edgeconnect_mae_and_relative_l1_of_half_the_brightness():
     scores = image_metrics(constant(200), constant(100), centre_hole())
     assert scores["mae_edgeconnect_grey"] == pytest.approx(1 / 3)
     assert scores["relative_l1"] == pytest.approx(1 / 2)
@@ -97,31 +90,31 @@ def test_scores_agree_with_skimage(photograph: np.ndarray, damaged: np.ndarray):
     assert scores["psnr_grey"] == pytest.approx(peak_signal_noise_ratio(*greys, data_range=1.0))
 
 
-def test_an_exact_result_is_infinitely_good(photograph: np.ndarray):
+def test_an_exact_result_has_infinite_psnr(photograph: np.ndarray):
     scores = image_metrics(photograph, photograph, centre_hole())
     assert scores["psnr_rgb"] == scores["psnr_rgb_hole"] == scores["psnr_grey"] == math.inf
     assert scores["ssim_gauss11_rgb"] == pytest.approx(1)
     assert scores["mae_edgeconnect_grey"] == scores["l1_percent"] == 0
 
 
-def test_means_say_how_many_infinite_values_they_leave_out():
-    assert mean_of([20.0, math.inf, 30.0]) == (25.0, 1)
-    assert mean_of([math.inf, math.inf]) == (math.inf, 2)
+def test_means_count_the_infinite_values_that_they_leave_out():
+    assert finite_mean([20.0, math.inf, 30.0]) == (25.0, 1)
+    assert finite_mean([math.inf, math.inf]) == (math.inf, 2)
     with pytest.raises(ValueError, match="no values"):
-        mean_of([])
+        finite_mean([])
 
 
-def test_scores_that_do_not_exist_are_left_out():
+def test_undefined_scores_are_left_out():
     small = image_metrics(constant(9, 40), constant(8, 40), np.zeros((40, 40), np.uint8))
     assert "ssim_uniform51_grey" not in small
     assert "ssim_gauss11_rgb" in small
     assert not any(name.endswith("_hole") for name in small)
     tiny = image_metrics(constant(0, 8), constant(1, 8), np.ones((8, 8), np.uint8))
     assert not {"ssim_gauss11_rgb", "l1_percent_known", "relative_l1"} & set(tiny)
-    assert set(image_metrics(constant(9), constant(8), centre_hole())) == set(DEFINITIONS)
+    assert set(image_metrics(constant(9), constant(8), centre_hole())) == set(METRIC_DEFINITIONS)
 
 
-def test_wrong_pictures_are_refused_in_one_line():
+def test_wrong_images_are_rejected_in_one_line():
     with pytest.raises(ValueError, match="result is float64"):
         image_metrics(constant(0), constant(0) / 255, centre_hole())
     with pytest.raises(ValueError, match="differ in size"):
@@ -145,20 +138,20 @@ def test_wrong_pictures_are_refused_in_one_line():
         (100, 6),
     ],
 )
-def test_bands_are_open_below_and_closed_above(holes: int, band: int):
+def test_hole_area_bands_exclude_the_lower_and_include_the_upper_bound(holes: int, band: int):
     mask = np.zeros(100, np.uint8)
     mask[:holes] = 1
-    assert band_of(mask.reshape(10, 10)) == BANDS[band]
+    assert hole_area_band(mask.reshape(10, 10)) == HOLE_AREA_BANDS[band]
 
 
 def test_frechet_distance_of_known_gaussians():
     rng = np.random.default_rng(1)
     a, b = (m @ m.T for m in rng.normal(size=(2, 5, 5)))
     mean_a, mean_b = rng.normal(size=(2, 5))
-    closed = np.sum((mean_a - mean_b) ** 2) + np.trace(a + b - 2 * sqrtm(a @ b).real)
-    assert frechet_gaussians(mean_a, a, mean_b, b) == pytest.approx(closed)
+    expected = np.sum((mean_a - mean_b) ** 2) + np.trace(a + b - 2 * sqrtm(a @ b).real)
+    assert gaussian_frechet_distance(mean_a, a, mean_b, b) == pytest.approx(expected)
     diagonals = np.diag([1.0, 4.0]), np.diag([9.0, 1.0])  # (1-3)^2 + (2-1)^2
-    assert frechet_gaussians(np.zeros(2), diagonals[0], np.zeros(2), diagonals[1]) == pytest.approx(5)
+    assert gaussian_frechet_distance(np.zeros(2), diagonals[0], np.zeros(2), diagonals[1]) == pytest.approx(5)
 
 
 def test_frechet_distance_of_samples():
@@ -172,8 +165,8 @@ def test_frechet_distance_of_samples():
 
 
 def test_frechet_distance_stays_real_on_degenerate_features():
-    flat = np.random.default_rng(3).normal(size=(40, 1)) @ np.ones((1, 8))  # rank 1
-    assert 0 <= frechet_distance(flat, flat) < 1e-6
+    rank_one = np.random.default_rng(3).normal(size=(40, 1)) @ np.ones((1, 8))  # rank 1
+    assert 0 <= frechet_distance(rank_one, rank_one) < 1e-6
     assert frechet_distance(np.zeros((40, 8)), np.ones((40, 8))) == pytest.approx(8)
 
 
@@ -187,10 +180,10 @@ def test_kernel_distance_against_a_direct_double_loop():
     pairs = [(i, j) for i in range(12) for j in range(12) if i != j]
     within = sum(kernel(x[i], x[j]) + kernel(y[i], y[j]) for i, j in pairs) / len(pairs)
     across = sum(kernel(a, b) for a in x for b in y) / 144
-    assert kernel_distance(x, y, subset=12)[0] == pytest.approx(within - 2 * across)
+    assert kernel_distance(x, y, subset_size=12)[0] == pytest.approx(within - 2 * across)
 
 
-def test_kernel_distance_of_one_distribution_is_about_zero():
+def test_kernel_distance_of_samples_of_one_distribution_is_about_zero():
     rng = np.random.default_rng(5)
     same, spread = kernel_distance(rng.normal(size=(1000, 4)), rng.normal(size=(1000, 4)))
     other, _ = kernel_distance(rng.normal(size=(1000, 4)), rng.normal(0.5, 1, size=(1000, 4)))
@@ -199,7 +192,7 @@ def test_kernel_distance_of_one_distribution_is_about_zero():
 
 
 @pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
-def test_too_few_samples_are_refused(distance):
+def test_too_few_samples_are_rejected(distance):
     features = np.random.default_rng(6).normal(size=(15, 8))
     with pytest.raises(ValueError, match=r"15 samples are too few for 8 dimensions \(at least 16\)"):
         distance(features, features)

@@ -1,4 +1,4 @@
-"""Searching versions, and the best of them under one protocol."""
+"""Searching versions, and ranking them per protocol."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ import json
 import pandas as pd
 import pytest
 from mlflow.entities import Metric
-from stores import Store
 
 from pipelines import registry
-from pipelines.cli.model_text import ranking
+from pipelines.cli.text import format_ranking
 from pipelines.registry import RegistryError
-from pipelines.registry.searching import column_of, split_column
+from pipelines.registry.client import registry_client
+from pipelines.registry.searching import find_column, split_column
+from support.mlflow_stores import MlflowStore
 
 OLD, NEW = "0a1b: 84 photographs of 64x64", "9f8e: 120 photographs of 64x64"
 
 
 @pytest.fixture
-def scored(bare: Store) -> Store:
-    """`edges` with five versions under two protocols and one of an earlier release; `encoder` with one."""
+def scored(bare: MlflowStore) -> MlflowStore:
+    """`edges` with five versions under two protocols and one of an earlier release; `encoder` with one of those."""
     scores = [
         (OLD, {"center/psnr_rgb_hole": 17.0, "center/20-30/psnr_rgb_hole": 17.0, "center/fd": 300.0}),
         (OLD, {"center/psnr_rgb_hole": 18.5, "center/20-30/psnr_rgb_hole": 18.0, "center/fd": 350.0}),
@@ -30,28 +31,26 @@ def scored(bare: Store) -> Store:
     client = bare.client
     for name in ("edges", "encoder"):
         client.create_registered_model(name)
-    for number, (protocol, found) in enumerate(scores):
+    for number, (protocol, version_scores) in enumerate(scores):
         tags = {"model": "edge_connect", "sigma": "2", "size": "64", "inpaint.recipe": f"recipe-{number + 1}"}
         tags |= {
             "inpaint.protocol": protocol,
-            "inpaint.scores": json.dumps(found),
+            "inpaint.scores": json.dumps(version_scores),
             "inpaint.commit": "abc-dirty",
         }
-        client.create_model_version("edges", "file:///nowhere", bare.run, tags=tags)
-    experiment = client.get_run(bare.run).info.experiment_id
-    for name, score in (
-        ("edges", 15.0),
-        ("encoder", 19.0),
-    ):  # as an earlier release did: metrics of the logged model alone
-        model = client.create_logged_model(experiment, name, bare.run).model_id
-        client.log_batch(bare.run, metrics=[Metric("center/psnr_rgb_hole", score, 0, 0, model)])
-        with registry.connected(bare.uri):
-            client.create_model_version(name, f"models:/{model}", bare.run, model_id=model)
+        client.create_model_version("edges", "file:///nowhere", bare.run_id, tags=tags)
+    experiment = client.get_run(bare.run_id).info.experiment_id
+    # as earlier releases did: scores only as metrics of the logged model
+    for name, score in (("edges", 15.0), ("encoder", 19.0)):
+        model = client.create_logged_model(experiment, name, bare.run_id).model_id
+        client.log_batch(bare.run_id, metrics=[Metric("center/psnr_rgb_hole", score, 0, 0, model)])
+        with registry_client(bare.uri):
+            client.create_model_version(name, f"models:/{model}", bare.run_id, model_id=model)
     client.set_registered_model_alias("edges", "champion", "2")
     return bare
 
 
-def test_a_frame_has_a_row_a_version(scored: Store) -> None:
+def test_search_returns_one_row_per_version(scored: MlflowStore) -> None:
     frame = registry.search(tracking_uri=scored.uri)
     assert isinstance(frame, pd.DataFrame)
     assert len(frame) == 7
@@ -74,75 +73,75 @@ def test_a_frame_has_a_row_a_version(scored: Store) -> None:
     assert (second["aliases"], second["model"], second["sigma"], second["size"]) == (
         *(["champion"], "edge_connect", 2.0, 64),
     )
-    assert (second["recipe"], second["commit"], second["run_id"]) == ("recipe-2", "abc-dirty", scored.run)
+    assert (second["recipe"], second["commit"], second["run_id"]) == ("recipe-2", "abc-dirty", scored.run_id)
     assert second["center/20-30/psnr_rgb_hole"] == 18.0
     assert frame["created"].dt.tz is not None
-    assert frame["brush/psnr_rgb_hole"].notna().sum() == 1, "nan: not scored so"
-    only = registry.search("encoder", tracking_uri=scored.uri).iloc[0]
-    assert only["center/psnr_rgb_hole"] == 19.0, "an earlier release's"
+    assert frame["brush/psnr_rgb_hole"].notna().sum() == 1, "nan: no such score"
+    encoder = registry.search("encoder", tracking_uri=scored.uri).iloc[0]
+    assert encoder["center/psnr_rgb_hole"] == 19.0, "registered by an earlier release"
 
 
-def test_conditions_order_and_limit(scored: Store) -> None:
+def test_search_applies_conditions_order_and_limit(scored: MlflowStore) -> None:
     def versions(**options: object) -> list[int]:
         return list(registry.search("edges", tracking_uri=scored.uri, **options)["version"])  # type: ignore[arg-type]
 
     assert versions(where="center/psnr_rgb_hole > 16.1", order_by="version") == [1, 2, 4]
     assert versions(where=["center/psnr > 16.1", "fd < 320"]) == [1]
     assert versions(order_by="center/psnr desc", limit=2) == [2, 1]
-    assert versions(order_by="center/psnr", limit=1) == [6], "of an earlier release, and the worst"
+    assert versions(order_by="center/psnr", limit=1) == [6], "the worst, registered by an earlier release"
     assert sorted(versions(filter="tags.`inpaint.recipe` = 'recipe-3'")) == [3]
     assert sorted(versions(where="sigma == 2")) == [1, 2, 3, 4, 5]
-    assert versions(where="size != 64", order_by="version") == [], "what is not known meets no condition"
+    assert versions(where="size != 64", order_by="version") == [], "an unknown value meets no condition"
     assert registry.search("nobody", tracking_uri=scored.uri).empty
-    for options, words in (
-        ({"where": "center/psnr"}, "is no condition: write, for example"),
+    for options, message in (
+        ({"where": "center/psnr"}, "is not a condition: write, for example"),
         ({"where": "psnr > 17"}, "scored with masks brush and center: say which"),
         ({"where": "center/psrn > 17"}, "no score 'psrn': did you mean psnr"),
         ({"where": "center/30-40/psnr > 17"}, "masks brush, center; bands 0-10, 20-30, all"),
         ({"order_by": "version down"}, "write a column, then `desc` or nothing"),
         ({"filter": "nonsense"}, "MLflow at sqlite"),
     ):
-        with pytest.raises(ValueError, match=words) as error:
+        with pytest.raises(ValueError, match=message) as error:
             versions(**options)
         assert "\n" not in str(error.value)
 
 
-def test_columns_by_what_people_call_them() -> None:
+def test_columns_are_found_by_short_names() -> None:
     columns = ["name", "a/b/psnr_rgb_hole", "a/b/20-30/psnr_rgb_hole", "10-20/psnr_rgb_hole"]
     assert split_column("a/b/20-30/fd") == ("a/b", "20-30", "fd")
-    assert split_column("10-20/fd") == ("10-20", "", "fd"), "a folder of masks can be called so"
-    assert column_of(columns, "name") == "name"
-    assert column_of(columns, "20-30/psnr") == "a/b/20-30/psnr_rgb_hole"
-    assert column_of(columns, "a/b/psnr") == "a/b/psnr_rgb_hole"
+    assert split_column("10-20/fd") == ("10-20", "", "fd"), "a mask folder may have this name"
+    assert find_column(columns, "name") == "name"
+    assert find_column(columns, "20-30/psnr") == "a/b/20-30/psnr_rgb_hole"
+    assert find_column(columns, "a/b/psnr") == "a/b/psnr_rgb_hole"
 
 
-def test_the_best_of_each_protocol(scored: Store) -> None:
-    found = registry.best("edges", "psnr", masks="center", tracking_uri=scored.uri)
-    assert (found["metric"], found["masks"], found["band"]) == ("psnr_rgb_hole", "center", "all")
-    ranks = {group["protocol"]: [row["version"] for row in group["versions"]] for group in found["groups"]}
+def test_versions_are_ranked_per_protocol(scored: MlflowStore) -> None:
+    best = registry.best("edges", "psnr", masks="center", tracking_uri=scored.uri)
+    assert (best.metric, best.masks, best.band) == ("psnr_rgb_hole", "center", "all")
+    ranks = {group.protocol: [row.version for row in group.versions] for group in best.groups}
     assert ranks == {None: ["6"], NEW: ["4", "3"], OLD: ["2", "1"]}
-    assert list(ranks) == [None, NEW, OLD], "the newest version's first"
-    assert found["unscored"] == ["5"]
-    text = ranking(found)
-    assert "scored under 3 protocols, whose scores do not compare" in text
+    assert list(ranks) == [None, NEW, OLD], "the newest version's protocol first"
+    assert best.unscored == ("5",)
+    text = format_ranking(best)
+    assert "scored under 3 protocols, whose scores are not comparable" in text
     assert "best psnr_rgb_hole on center masks: edges/2, 18.5" in text
     assert "without this score: version 5" in text
 
-    found = registry.best("edges", band="20-30", tracking_uri=scored.uri)
-    assert [row["value"] for row in found["groups"][1]["versions"]] == [18.0, 17.0]
-    assert found["unscored"] == ["6", "5", "4"]
-    lowest = registry.best("edges", "fd", tracking_uri=scored.uri)["groups"][0]["versions"]
-    assert [row["version"] for row in lowest] == ["1", "2"], "a distance is better low"
+    best = registry.best("edges", band="20-30", tracking_uri=scored.uri)
+    assert [row.value for row in best.groups[1].versions] == [18.0, 17.0]
+    assert best.unscored == ("6", "5", "4")
+    lowest = registry.best("edges", "fd", tracking_uri=scored.uri).groups[0].versions
+    assert [row.version for row in lowest] == ["1", "2"], "lower distances are better"
 
 
-def test_what_there_is_no_best_of(scored: Store) -> None:
-    for options, words in (
+def test_a_missing_score_cannot_be_ranked(scored: MlflowStore) -> None:
+    for options, message in (
         ({"metric": "psnr"}, "versions of edges were scored with masks brush and center: say which"),
         ({"metric": "psnr", "masks": "box"}, "have no psnr_rgb_hole for masks 'box': masks brush, center"),
         ({"metric": "psnr", "band": "50-60"}, "in band '50-60': masks brush, center; bands 0-10, 20-30, all"),
         ({"metric": "colour"}, "have no score 'colour': there are"),
     ):
-        with pytest.raises(ValueError, match=words):
+        with pytest.raises(ValueError, match=message):
             registry.best("edges", tracking_uri=scored.uri, **options)  # type: ignore[arg-type]
     with pytest.raises(RegistryError, match="no model 'edge': did you mean 'edges'"):
         registry.best("edge", tracking_uri=scored.uri)

@@ -1,4 +1,4 @@
-"""What a version is: read without our code or pickle, by Python and over HTTP."""
+"""The files of a version can be used without our code or pickles, from Python and over HTTP."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-from ports import free_port
-from stores import Store
 
 from models.base import Model
-from pipelines.registry.versions import connected
+from pipelines.registry.client import registry_client
+from support.mlflow_stores import MlflowStore
+from support.ports import free_port
 
 SAFE = {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "MLFLOW_ALLOW_MODEL_CODE_EXECUTION": "false"}
 
 
-def test_model_folder_holds_no_code_and_no_pickle(store: Store, tmp_path: Path) -> None:
-    with connected(store.uri):
+def test_a_version_holds_no_code_and_no_pickle(store: MlflowStore, tmp_path: Path) -> None:
+    with registry_client(store.uri):
         path = mlflow.artifacts.download_artifacts("models:/edges/1", dst_path=str(tmp_path))
     files = sorted(str(file.relative_to(path)) for file in Path(path).rglob("*") if file.is_file())
     assert not [file for file in files if Path(file).suffix in (".py", ".pkl", ".pth", ".pickle", ".pyc")]
@@ -35,17 +35,17 @@ def test_model_folder_holds_no_code_and_no_pickle(store: Store, tmp_path: Path) 
     required = Path(path, "requirements.txt").read_text().split()
     assert [line.partition("==")[0] for line in required] == ["mlflow", "torch", "numpy"]
     assert all("==" in line and "+" not in line for line in required)
-    described = Path(path, "MLmodel").read_text()
-    assert "code: null" in described
-    assert "pipelines" not in described.replace("inpaint-pipelines", "")
+    mlmodel = Path(path, "MLmodel").read_text()
+    assert "code: null" in mlmodel
+    assert "pipelines" not in mlmodel.replace("inpaint-pipelines", "")
     assert sum(file.stat().st_size for file in Path(path).rglob("*")) < 4e6
     program = zipfile.ZipFile(Path(path, "data/model.pt2"))
-    # sample_inputs is torch.save's own zip: MLflow's check of it is what the switch in the clean process turns on
+    # sample_inputs is a zip of torch.save; the clean process makes MLflow check it
     pickles = [name for name in program.namelist() if program.read(name)[:1] == b"\x80"]
     assert pickles == []
 
 
-CLEAN = """
+PREDICT_WITHOUT_OUR_CODE = """
 import sys
 
 class Blocked:
@@ -74,47 +74,54 @@ assert not {"models", "pipelines", "data_prep"} & {name.partition(".")[0] for na
 """
 
 
-def inputs() -> dict[str, np.ndarray]:
-    """float32 [B,5,H,W] of several batches and sizes, NaN in the holes."""
-    found = {}
+def example_inputs() -> dict[str, np.ndarray]:
+    """float32 [B,5,H,W] for several batches and sizes, with NaN in the holes."""
+    batches = {}
     for b, h, w in [(1, 33, 47), (3, 64, 64), (2, 130, 95)]:
         x = np.random.default_rng(h).random((b, 5, h, w), dtype=np.float32)
         x[:, 3:] = 0
         x[:, 3, h // 3 : h // 2, w // 3 : w // 2] = 1
         x[:, 4, ::7] = 1
         x[:, :3][np.repeat(x[:, 3:4], 3, axis=1) > 0] = np.nan
-        found[f"{b}x{h}x{w}"] = x
-    return found
+        batches[f"{b}x{h}x{w}"] = x
+    return batches
 
 
 def test_a_process_without_our_code_gets_the_same_pixels(
-    store: Store, encoder: Model, edge_connect: Model, tmp_path: Path
+    store: MlflowStore, encoder: Model, edge_connect: Model, tmp_path: Path
 ) -> None:
-    np.savez(tmp_path / "in.npz", **inputs())  # type: ignore[arg-type]
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", CLEAN, str(tmp_path / "in.npz"), str(tmp_path / "out.npz")],
+    np.savez(tmp_path / "in.npz", **example_inputs())  # type: ignore[arg-type]
+    process = subprocess.run(
+        [
+            sys.executable,
+            "-I",
+            "-c",
+            PREDICT_WITHOUT_OUR_CODE,
+            str(tmp_path / "in.npz"),
+            str(tmp_path / "out.npz"),
+        ],
         cwd=tmp_path,
         env={**os.environ, **SAFE, "MLFLOW_TRACKING_URI": store.uri},
         capture_output=True,
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
+    assert process.returncode == 0, process.stderr
     outputs = np.load(tmp_path / "out.npz")
     for name, model in (("encoder", encoder), ("edges", edge_connect)):
-        module = model.completion()
-        for size, x in inputs().items():
-            found = outputs[f"{name}-{size}"]
+        module = model.frozen_completion()
+        for size, x in example_inputs().items():
+            completed = outputs[f"{name}-{size}"]
             with torch.no_grad():
-                wanted = module(torch.from_numpy(x)).numpy()
-            np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=0)
+                expected = module(torch.from_numpy(x)).numpy()
+            np.testing.assert_allclose(completed, expected, atol=1e-5, rtol=0)
             known = np.repeat(x[:, 3:4], 3, axis=1) == 0
-            np.testing.assert_array_equal(found[known], x[:, :3][known])
+            np.testing.assert_array_equal(completed[known], x[:, :3][known])
 
 
 @pytest.fixture
-def served(store: Store, tmp_path: Path) -> Iterator[str]:
-    """The address of `mlflow models serve`."""
+def served(store: MlflowStore, tmp_path: Path) -> Iterator[str]:
+    """The URL of `mlflow models serve`."""
     port = free_port()
     bin_folder = Path(sys.executable).parent
     arguments = [
@@ -142,8 +149,8 @@ def served(store: Store, tmp_path: Path) -> Iterator[str]:
             start_new_session=True,
         )
     try:
-        end = time.monotonic() + 100
-        while time.monotonic() < end:
+        deadline = time.monotonic() + 100
+        while time.monotonic() < deadline:
             assert server.poll() is None, (tmp_path / "log.txt").read_text()
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5).close()
@@ -157,12 +164,12 @@ def served(store: Store, tmp_path: Path) -> Iterator[str]:
         server.wait(30)
 
 
-def test_served_over_http(served: str, encoder: Model) -> None:
-    x = np.nan_to_num(inputs()["1x33x47"])
+def test_a_version_is_served_over_http(served: str, encoder: Model) -> None:
+    x = np.nan_to_num(example_inputs()["1x33x47"])
     body = json.dumps({"inputs": x.tolist()}).encode()
     request = urllib.request.Request(f"{served}/invocations", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as response:
-        found = np.array(json.load(response)["predictions"], np.float32)
+        completed = np.array(json.load(response)["predictions"], np.float32)
     with torch.no_grad():
-        wanted = encoder.completion()(torch.from_numpy(x)).numpy()
-    np.testing.assert_allclose(found, wanted, atol=1e-5, rtol=0)
+        expected = encoder.frozen_completion()(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(completed, expected, atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""The learner: a step is a function of state, position and batch; ranks average; a wrong step changes nothing."""
+"""The learner: a step is a function of state, step number and batch; ranks average; a failed step changes nothing."""
 
 from __future__ import annotations
 
@@ -17,48 +17,49 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from small import without_traces
 from torch import nn
 
 from models import list_models
-from models.base import Model, Phase
-from pipelines.training.compiling import compile_networks
-from pipelines.training.learner import Learner, NonFiniteLoss, make_schedule
+from models.base import Model, Phase, make_schedule
+from pipelines.training.learner import Learner, NonFiniteLoss
+from pipelines.training.numerics import compile_networks
+from support.small_models import disable_torch_trace
 
-PLAIN = {"lambda_p": 0, "lambda_s": 0, "lambda_perceptual": 0, "lambda_style": 0, "overlap": 0}  # for speed
+CHEAP = {"lambda_p": 0, "lambda_s": 0, "lambda_perceptual": 0, "lambda_style": 0, "overlap": 0}  # for speed
 
-RANKS = (2, 3)  # of 7 photographs
+WORLD_SIZES = (3,)  # 7 photographs: batches of 2, 2 and 3
+CHANNELS_LAST = ("deepfill_v1", "edge_connect")  # the soak tests all models
 
 NEEDS_COMPILER = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on CPUs")
 
 
-def make(
+def make_learner(
     small,
     name: str,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     ema: float = 0.9,
-    each: int = 0,
+    phase_steps: int = 0,
     compiled: bool = False,
     channels_last: bool = False,
-    at_once: int | None = None,
+    micro_batch_size: int | None = None,
     **options,
 ) -> Learner:
-    """Every phase, of `each` steps (0: two, or as many as the generators need to learn once and a step more)."""
+    """A learner with all phases, of `phase_steps` steps (0: one step more than the generators need for one update)."""
     torch.manual_seed(0)
-    model = small(name, **{**PLAIN, "width": 0.07, **options})
-    steps = {phase.name: each or phase.critic_steps + 1 for phase in model.phases}
+    model = small(name, **{**CHEAP, "width": 0.07, **options})
+    steps = {phase.name: phase_steps or phase.critic_steps + 1 for phase in model.phases}
     schedule = make_schedule(model, steps)
     return Learner(
         model,
         schedule,
         0,
         rank,
-        world,
+        world_size,
         ema_decay=ema,
         compiled=compiled,
         channels_last=channels_last,
-        at_once=at_once,
+        micro_batch_size=micro_batch_size,
     )
 
 
@@ -66,15 +67,15 @@ def batch(step: int, part: slice = slice(None), dtype: type = np.float32) -> dic
     rng = np.random.default_rng(step)
     image = rng.random((7, 3, 32, 32))
     mask = np.zeros((7, 1, 32, 32))
-    for i, width in enumerate((8, 10, 12, 14, 9, 11, 13)):  # different hole areas on the ranks
+    for i, width in enumerate((8, 10, 12, 14, 9, 11, 13)):  # ranks have different hole areas
         mask[i, 0, 8 : 8 + width, 8:20] = 1
     edge = rng.random((7, 1, 32, 32)) < 0.1
     return {
         "image": image[part].astype(dtype),
         "mask": mask[part].astype(dtype),
         "edge": edge[part].astype(dtype),
-        "part": range(7)[part],
-        "whole": 7,
+        "rank_slice": range(7)[part],
+        "global_size": 7,
     }
 
 
@@ -82,58 +83,70 @@ def fingerprint(learner: Learner) -> list[torch.Tensor]:
     return [*learner.model.state_dict().values(), *learner.ema.values()]
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("name", list_models())
-def test_resumed_at_any_step_it_ends_with_the_same_bits(name: str, channels_last: bool, small) -> None:
-    whole = make(small, name, channels_last=channels_last)
-    total = whole.schedule.total
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "channels_last"),
+    [
+        *((name, False) for name in list_models()),
+        *(pytest.param(n, True, marks=[] if n in CHANNELS_LAST else pytest.mark.soak) for n in list_models()),
+    ],
+)
+def test_a_run_resumed_at_any_step_ends_with_the_same_bits(name: str, channels_last: bool, small) -> None:
+    uninterrupted = make_learner(small, name, channels_last=channels_last)
+    total = uninterrupted.schedule.total_steps
     states = []
     for step in range(total):
         buffer = io.BytesIO()
-        torch.save(whole.state(step), buffer)
+        torch.save(uninterrupted.state(step), buffer)
         states.append(buffer.getvalue())
-        whole.step(step, batch(step))
+        uninterrupted.step(step, batch(step))
     for cut in sorted({1, total // 2, total - 1}):
-        torch.manual_seed(99)  # what the process did before must not matter
-        resumed = make(small, name, channels_last=channels_last)
+        torch.manual_seed(99)  # the process's earlier random state must not matter
+        resumed = make_learner(small, name, channels_last=channels_last)
         start = resumed.load(torch.load(io.BytesIO(states[cut]), weights_only=True))
         assert start == cut
         for step in range(start, total):
             resumed.step(step, batch(step))
-        for a, b in zip(fingerprint(whole), fingerprint(resumed), strict=True):
+        for a, b in zip(fingerprint(uninterrupted), fingerprint(resumed), strict=True):
             assert torch.equal(a, b)
 
 
 def gradients(
     learner: Learner, part: slice = slice(None), running_statistics: bool = False
 ) -> dict[str, torch.Tensor]:
-    """The averaged gradients of each phase's first step of all its networks, as the optimisers would see them; they
-    do nothing."""
-    found = {}
-    for phase, start, end in learner.schedule.parts:
-        learner.enter(phase)
+    """The averaged gradients in the first step of each phase in which all its networks learn.
+
+    The optimizers are replaced by ones that do nothing.
+    """
+    by_network = {}
+    for phase, start, end in learner.schedule.phase_spans:
+        learner.enter_phase(phase)
         for module in learner.model.modules() if running_statistics else ():
             if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval()
-        learner.optimisers = {name: _Still([torch.zeros(1)], {}) for name in learner.optimisers}
+        learner.optimizers = {name: _Still([torch.zeros(1)], {}) for name in learner.optimizers}
         step = start + phase.critic_steps - 1
         assert step < end
         dtype = next(learner.model.networks.parameters()).numpy(force=True).dtype.type
         learner.step(step, batch(step, part, dtype))
-        found |= {f"{phase.name}: {key}": flat.clone() for key, flat in learner.gradients.items()}
-    return found
+        by_network |= {
+            f"{phase.name}: {key}": gradient.clone() for key, gradient in learner.flat_gradients.items()
+        }
+    return by_network
 
 
 def gradients_of_rank(
-    small, name: str, rank: int, world: int, at_once: int | None = None
+    small, name: str, rank: int, world_size: int, micro_batch_size: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """In float64. Batch norm uses its running statistics here: while it learns, each rank's statistics are of its own
-    photographs, which no number of ranks can share on CPUs."""
+    """In float64, with batch norm's running statistics: while batch norm trains, each rank on CPUs has the statistics
+    of its own photographs, so that results depend on the number of ranks."""
     torch.set_num_threads(1)
     terms = {"lambda_p": 0.02, "lambda_s": 1.0, "lambda_perceptual": 0.02}
-    learner = make(small, name, rank, world, ema=0, at_once=at_once, **terms)
+    learner = make_learner(small, name, rank, world_size, ema=0, micro_batch_size=micro_batch_size, **terms)
     learner.model.double()
-    return gradients(learner, slice(rank * 7 // world, (rank + 1) * 7 // world), running_statistics=True)
+    return gradients(
+        learner, slice(rank * 7 // world_size, (rank + 1) * 7 // world_size), running_statistics=True
+    )
 
 
 class _Still(torch.optim.Optimizer):
@@ -141,52 +154,61 @@ class _Still(torch.optim.Optimizer):
         pass
 
 
-def _rank(rank: int, world: int, folder: str, small, names: list[str]) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet{world}", rank=rank, world_size=world)
+def _rank(rank: int, world_size: int, folder: str, small, names: list[str]) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meet{world_size}", rank=rank, world_size=world_size
+    )
     for name in names:
-        torch.save(gradients_of_rank(small, name, rank, world), f"{folder}/{name}-{world}-{rank}.pt")
+        torch.save(
+            gradients_of_rank(small, name, rank, world_size), f"{folder}/{name}-{world_size}-{rank}.pt"
+        )
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
-def of_ranks(small, tmp_path_factory) -> Path:
-    """What each number of ranks got, in files: one start of processes serves all models."""
+def gradients_by_rank(small, tmp_path_factory) -> Path:
+    """A folder with the gradients of each world size and rank; the processes start once for all models."""
     folder = tmp_path_factory.mktemp("ranks")
-    for world in RANKS:
-        mp.spawn(_rank, args=(world, str(folder), small, list_models()), nprocs=world)
+    for world_size in WORLD_SIZES:
+        mp.spawn(_rank, args=(world_size, str(folder), small, list_models()), nprocs=world_size)
     return folder
 
 
 @pytest.mark.parametrize("name", list_models())
-def test_any_number_of_ranks_averages_to_the_gradients_of_one(name: str, small, of_ranks: Path) -> None:
-    """Spectral norm, gradient penalties, random places and 1 / mean(mask) included, with parts that are not equal."""
-    alone = gradients_of_rank(small, name, 0, 1)
-    assert all(flat.abs().sum() > 0 for flat in alone.values())
-    for world in RANKS:
-        for rank in range(world):
-            shared = torch.load(of_ranks / f"{name}-{world}-{rank}.pt", weights_only=True)
-            assert shared.keys() == alone.keys()
-            for key, flat in alone.items():
-                assert flat.dtype == torch.float64
+def test_any_number_of_ranks_averages_to_the_gradients_of_one(
+    name: str, small, gradients_by_rank: Path
+) -> None:
+    """With spectral norm, gradient penalties, random positions and 1 / mean(mask), and batches of unequal size."""
+    expected = gradients_of_rank(small, name, 0, 1)
+    assert all(gradient.abs().sum() > 0 for gradient in expected.values())
+    for world_size in WORLD_SIZES:
+        for rank in range(world_size):
+            averaged = torch.load(gradients_by_rank / f"{name}-{world_size}-{rank}.pt", weights_only=True)
+            assert averaged.keys() == expected.keys()
+            for key, gradient in expected.items():
+                assert gradient.dtype == torch.float64
                 torch.testing.assert_close(
-                    shared[key], flat, rtol=1e-7, atol=1e-10, msg=f"{key}, {world} ranks"
+                    averaged[key], gradient, rtol=1e-7, atol=1e-10, msg=f"{key}, {world_size} ranks"
                 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list_models())
-def test_accumulated_gradients_are_those_of_the_whole_batch(name: str, small) -> None:
-    """In parts of 4 and 3 photographs: the same generators, power iterations and random numbers."""
-    whole, parts = (gradients_of_rank(small, name, 0, 1, at_once) for at_once in (None, 4))
-    for key, flat in whole.items():
-        torch.testing.assert_close(parts[key], flat, rtol=1e-7, atol=1e-10, msg=key)
+def test_accumulated_gradients_equal_those_of_the_whole_batch(name: str, small) -> None:
+    """Micro-batches of 4 and 3 photographs use the same weights, power iterations and random numbers."""
+    full_batch, accumulated = (
+        gradients_of_rank(small, name, 0, 1, micro_batch_size) for micro_batch_size in (None, 4)
+    )
+    for key, gradient in full_batch.items():
+        torch.testing.assert_close(accumulated[key], gradient, rtol=1e-7, atol=1e-10, msg=key)
 
 
 @pytest.mark.parametrize("name", ["edge_connect", "deepfill_v2"])
-def test_spectral_norm_goes_on_alike_whatever_is_held_at_once(name: str, small) -> None:
-    """Its vectors after a step of each phase: one power iteration for every time that the whole batch has."""
+def test_spectral_norm_does_not_depend_on_the_micro_batch_size(name: str, small) -> None:
+    """Micro-batches add no power iterations: the vectors after one step per phase are the same."""
     vectors = []
-    for at_once in (None, 2):
-        learner = make(small, name, ema=0, at_once=at_once)
+    for micro_batch_size in (None, 2):
+        learner = make_learner(small, name, ema=0, micro_batch_size=micro_batch_size)
         learner.model.double()
         gradients(learner)
         vectors.append({k: v for k, v in learner.model.state_dict().items() if k.endswith(("._u", "._v"))})
@@ -195,53 +217,59 @@ def test_spectral_norm_goes_on_alike_whatever_is_held_at_once(name: str, small) 
         torch.testing.assert_close(vectors[1][key], value, rtol=1e-9, atol=1e-12, msg=key)
 
 
+@pytest.mark.slow
+@pytest.mark.soak_for("context_encoder", "context_encoder_region", "deepfill_v2", "glcic", "partial_conv")
 @pytest.mark.parametrize("name", list_models())
 def test_accumulating_learners_resume_to_the_same_bits(name: str, small) -> None:
-    whole = make(small, name, at_once=4)
-    whole.step(0, batch(0))
-    resumed = make(small, name, at_once=4)
-    resumed.load(copy.deepcopy(whole.state(1)))
-    for step in range(1, whole.schedule.total):
-        whole.step(step, batch(step))
+    uninterrupted = make_learner(small, name, micro_batch_size=4)
+    uninterrupted.step(0, batch(0))
+    resumed = make_learner(small, name, micro_batch_size=4)
+    resumed.load(copy.deepcopy(uninterrupted.state(1)))
+    for step in range(1, uninterrupted.schedule.total_steps):
+        uninterrupted.step(step, batch(step))
         resumed.step(step, batch(step))
-    for a, b in zip(fingerprint(whole), fingerprint(resumed), strict=True):
+    for a, b in zip(fingerprint(uninterrupted), fingerprint(resumed), strict=True):
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
+@pytest.mark.soak_for("context_encoder_region", "deepfill_v1", "edge_connect", "glcic")
 @pytest.mark.parametrize("name", list_models())
-def test_bfloat16_stays_finite_and_float32_where_it_counts(name: str, small) -> None:
-    learner = make(small, name)
+def test_bfloat16_losses_stay_finite_and_parameters_float32(name: str, small) -> None:
+    learner = make_learner(small, name)
     learner.bfloat16 = True
-    for step in range(learner.schedule.total):
+    for step in range(learner.schedule.total_steps):
         terms = learner.step(step, batch(step))
         assert all(torch.isfinite(value) for value in terms.values()), (step, terms)
     assert all(p.dtype == torch.float32 for p in learner.model.parameters())
     assert all(torch.isfinite(p).all() for p in learner.model.parameters())
 
 
-@pytest.mark.parametrize("name", ["deepfill_v1", "edge_connect"])
-def test_channels_last_learns_the_same(name: str, small) -> None:
-    plain, fast = make(small, name), make(small, name)
+@pytest.mark.parametrize("name", CHANNELS_LAST)
+def test_channels_last_gives_the_same_losses(name: str, small) -> None:
+    plain, channels_last = make_learner(small, name), make_learner(small, name)
     torch.manual_seed(0)
-    fast = Learner(fast.model, fast.schedule, 0, ema_decay=0.9, channels_last=True)
-    for step in range(plain.schedule.total):
-        a, b = plain.step(step, batch(step)), fast.step(step, batch(step))
+    channels_last = Learner(channels_last.model, channels_last.schedule, 0, ema_decay=0.9, channels_last=True)
+    for step in range(plain.schedule.total_steps):
+        a, b = plain.step(step, batch(step)), channels_last.step(step, batch(step))
         for key, value in a.items():
             torch.testing.assert_close(value, b[key], rtol=2e-2, atol=1e-3, msg=f"{key} at step {step}")
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_a_state_goes_on_in_the_other_memory_layout(before: bool, small) -> None:
-    """Weights, their averages and the optimisers' moments: channels_last or not, it is the same state."""
-    whole, other = (make(small, "deepfill_v2", each=4, channels_last=last) for last in (before, not before))
+def test_a_state_resumes_in_the_other_memory_format(before: bool, small) -> None:
+    """Weights, moving averages and the optimizers' moments are the same state, channels_last or not."""
+    uninterrupted, other = (
+        make_learner(small, "deepfill_v2", phase_steps=4, channels_last=last) for last in (before, not before)
+    )
     for step in range(2):
-        whole.step(step, batch(step))
-    other.load(copy.deepcopy(whole.state(2)))
+        uninterrupted.step(step, batch(step))
+    other.load(copy.deepcopy(uninterrupted.state(2)))
     for step in range(2, 4):
-        whole.step(step, batch(step))
+        uninterrupted.step(step, batch(step))
         other.step(step, batch(step))
-    for a, b in zip(fingerprint(whole), fingerprint(other), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # a step at this rate is 1e-4 a weight
+    for a, b in zip(fingerprint(uninterrupted), fingerprint(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # a step at this rate changes a weight by 1e-4
 
 
 # -- compiled --------------------------------------------------------------------------------------------------
@@ -249,22 +277,24 @@ def test_a_state_goes_on_in_the_other_memory_layout(before: bool, small) -> None
 
 @pytest.fixture
 def compile_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Counter[str]]]:
-    """Make learners use a backend of torch.compile; returns how often each operation is in the graphs that it gets."""
-    without_traces(monkeypatch)
+    """A function that makes learners use a torch.compile backend; it returns the operation counts of the graphs."""
+    disable_torch_trace(monkeypatch)
 
     def use(name: str) -> Counter[str]:
-        found: Counter[str] = Counter()
+        operations: Counter[str] = Counter()
         compiler = torch._dynamo.lookup_backend(name)
 
         def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
-            found.update(getattr(node.target, "__name__", str(node.target)) for node in graph.graph.nodes)
+            operations.update(
+                getattr(node.target, "__name__", str(node.target)) for node in graph.graph.nodes
+            )
             return compiler(graph, inputs)
 
         monkeypatch.setattr(
             "pipelines.training.learner.compile_networks",
             functools.partial(compile_networks, backend=backend),
         )
-        return found
+        return operations
 
     torch._dynamo.reset()
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
@@ -272,10 +302,10 @@ def compile_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Co
     torch._dynamo.reset()
 
 
-class Little(Model):
-    """Two convolutions with batch norm, for a compiler that takes a second for each kernel."""
+class TinyModel(Model):
+    """Two convolutions with batch norm, as a compiler takes a second per kernel."""
 
-    name = "little"
+    name = "tiny"
 
     def __init__(self, width: float, **options: Any) -> None:
         super().__init__(options)
@@ -295,14 +325,14 @@ class Little(Model):
     def weights(self, phase):
         return {"rec": 1.0}
 
-    def _completion(self):
+    def _build_completion(self):
         raise NotImplementedError
 
 
 @pytest.mark.parametrize(
     ("name", "backend", "options"),
     [
-        pytest.param("little", "inductor", {}, marks=NEEDS_COMPILER),
+        pytest.param("tiny", "inductor", {}, marks=NEEDS_COMPILER),
         ("deepfill_v1", "aot_eager", {"attention": False}),  # gradient penalties
         ("edge_connect", "eager", {}),  # spectral norm, four phases
     ],
@@ -310,24 +340,29 @@ class Little(Model):
 def test_compiled_networks_have_the_gradients_of_uncompiled_ones(
     name: str, backend: str, options: dict[str, Any], small, compile_with
 ) -> None:
-    """As near to float64's, in every phase; and every layer is compiled, in every way it is used."""
-    found = compile_with(backend)
-    build = small if name in list_models() else lambda name, **options: Little(**options)
-    exact, plain, fast = (make(build, name, ema=0, compiled=it, **options) for it in (False, False, True))
-    exact.model.double()
-    wanted, usual, got = gradients(exact), gradients(plain), gradients(fast)
-    for key, gradient in wanted.items():
-        allowed = 10 * (usual[key] - gradient).abs().max() + 1e-6 * gradient.abs().max()
-        assert (got[key] - gradient).abs().max() <= allowed, key
+    """As close to those in float64, in every phase; and every layer is compiled, for every way it is used."""
+    operations = compile_with(backend)
+    build = small if name in list_models() else lambda name, **options: TinyModel(**options)
+    reference, learner, compiled_learner = (
+        make_learner(build, name, ema=0, compiled=it, **options) for it in (False, False, True)
+    )
+    reference.model.double()
+    expected, uncompiled, compiled = gradients(reference), gradients(learner), gradients(compiled_learner)
+    for key, gradient in expected.items():
+        allowed = 10 * (uncompiled[key] - gradient).abs().max() + 1e-6 * gradient.abs().max()
+        assert (compiled[key] - gradient).abs().max() <= allowed, key
     layers = [
-        m for phase in fast.model.phases for name in phase.lr for m in fast.model.networks[name].modules()
+        m
+        for phase in compiled_learner.model.phases
+        for name in phase.lr
+        for m in compiled_learner.model.networks[name].modules()
     ]
-    assert found["conv2d"] >= sum(type(layer) is torch.nn.Conv2d for layer in layers)
+    assert operations["conv2d"] >= sum(type(layer) is torch.nn.Conv2d for layer in layers)
 
 
-def test_a_compiled_learners_state_is_any_learners(small, compile_with) -> None:
+def test_compiled_and_uncompiled_learners_exchange_states(small, compile_with) -> None:
     compile_with("eager")
-    plain, fast = (make(small, "context_encoder", each=3, compiled=it) for it in (False, True))
+    plain, fast = (make_learner(small, "context_encoder", phase_steps=3, compiled=it) for it in (False, True))
     plain.step(0, batch(0))
     fast.step(0, batch(0))
     assert [*fast.state(1)["networks"]] == [*plain.state(1)["networks"]]
@@ -341,13 +376,13 @@ def test_a_compiled_learners_state_is_any_learners(small, compile_with) -> None:
     for a, b in zip(fingerprint(plain), fingerprint(fast), strict=True):
         assert torch.equal(a, b)
     image, mask, edge = (torch.from_numpy(batch(0)[key]) for key in ("image", "mask", "edge"))
-    with plain.averaged(), fast.averaged():
+    with plain.ema_weights(), fast.ema_weights():
         assert torch.equal(fast.model.complete(image, mask, edge), plain.model.complete(image, mask, edge))
-        exported = fast.model.completion()(torch.cat([image, mask, edge], dim=1))
+        exported = fast.model.frozen_completion()(torch.cat([image, mask, edge], dim=1))
         assert torch.equal(exported, plain.model.complete(image, mask, edge))
 
 
-def test_a_compiler_that_does_not_work_is_said_in_one_line(small, compile_with, monkeypatch) -> None:
+def test_a_broken_compiler_is_reported_in_one_line(small, compile_with, monkeypatch) -> None:
     def broken(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable:
         raise FileNotFoundError(
             "C++ compile error\nkernel.cpp:1:10: fatal error: Python.h: No such file\nand more"
@@ -355,7 +390,7 @@ def test_a_compiler_that_does_not_work_is_said_in_one_line(small, compile_with, 
 
     monkeypatch.setattr(torch._dynamo, "lookup_backend", {"broken": broken}.get)
     compile_with("broken")
-    learner = make(small, "context_encoder", compiled=True)
+    learner = make_learner(small, "context_encoder", compiled=True)
     with pytest.raises(
         ValueError, match=r"^train\.compile does not work here: .*Python\.h.*\. It needs .*g\+\+"
     ) as caught:
@@ -363,9 +398,10 @@ def test_a_compiler_that_does_not_work_is_said_in_one_line(small, compile_with, 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.soak_for("context_encoder_region", "deepfill_v1", "deepfill_v2", "glcic", "partial_conv")
 @pytest.mark.parametrize("name", list_models())
-def test_a_loss_that_is_not_finite_is_named_and_changes_nothing(name: str, small) -> None:
-    learner = make(small, name)
+def test_a_non_finite_loss_is_named_and_changes_nothing(name: str, small) -> None:
+    learner = make_learner(small, name)
     learner.step(0, batch(0))
     before = [tensor.clone() for tensor in learner.model.parameters()]
     broken = batch(1)
@@ -378,7 +414,7 @@ def test_a_loss_that_is_not_finite_is_named_and_changes_nothing(name: str, small
 
 
 def test_a_phase_trains_its_own_networks_and_leaves_the_others(small) -> None:
-    learner = make(small, "edge_connect", each=2)
+    learner = make_learner(small, "edge_connect", phase_steps=2)
     edge = {k: v.clone() for k, v in learner.model.networks["edge_generator"].state_dict().items()}
     inpaint = {k: v.clone() for k, v in learner.model.networks["inpaint_generator"].state_dict().items()}
     learner.step(0, batch(0))
@@ -389,42 +425,44 @@ def test_a_phase_trains_its_own_networks_and_leaves_the_others(small) -> None:
     assert not all(torch.equal(edge[key], now[key]) for key in edge)
 
 
-def test_the_average_follows_with_its_decay_and_is_lent_not_kept(small) -> None:
-    learner = make(small, "context_encoder", ema=0.9, each=3)
+def test_the_moving_average_has_its_decay_and_is_used_only_in_its_context(small) -> None:
+    learner = make_learner(small, "context_encoder", ema=0.9, phase_steps=3)
     expected = {key: value.clone() for key, value in learner.ema.items()}
     for step in range(3):
         learner.step(step, batch(step))
         for key, value in learner.model.networks["generator"].state_dict().items():
             name = f"generator.{key}"
-            own = value if not value.is_floating_point() else 0.9 * expected[name] + 0.1 * value
-            expected[name] = own.clone()
+            trained = value if not value.is_floating_point() else 0.9 * expected[name] + 0.1 * value
+            expected[name] = trained.clone()
     for key, value in expected.items():
         torch.testing.assert_close(learner.ema[key], value)
-    own = [tensor.clone() for tensor in learner.model.state_dict().values()]
-    with learner.averaged():
+    trained = [tensor.clone() for tensor in learner.model.state_dict().values()]
+    with learner.ema_weights():
         for key, value in learner.model.networks["generator"].state_dict().items():
             assert torch.equal(value, learner.ema[f"generator.{key}"])
-    assert all(torch.equal(a, b) for a, b in zip(own, learner.model.state_dict().values(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(trained, learner.model.state_dict().values(), strict=True))
 
 
-def test_rates_fall_to_a_tenth_where_the_phase_says(small) -> None:
-    learner = make(small, "edge_connect", each=4, lr_drop=0.5)
+def test_learning_rates_drop_to_a_tenth_where_the_phase_says(small) -> None:
+    learner = make_learner(small, "edge_connect", phase_steps=4, lr_drop_at=0.5)
     rates = []
     for step in range(4):
         learner.step(step, batch(step))
-        rates.append(learner.optimisers["edge_generator"].param_groups[0]["lr"])
+        rates.append(learner.optimizers["edge_generator"].param_groups[0]["lr"])
     assert rates == pytest.approx([1e-4, 1e-4, 1e-5, 1e-5])
 
 
 def test_generators_learn_at_every_fifth_step_of_five_critic_steps(small) -> None:
-    learner = make(small, "deepfill_v1", each=10)
-    seen = ["l1" in " ".join(learner.step(step, batch(step))) for step in range(10)]
-    assert seen == ([False] * 4 + [True]) * 2
+    learner = make_learner(small, "deepfill_v1", phase_steps=10)
+    learned = ["l1" in " ".join(learner.step(step, batch(step))) for step in range(10)]
+    assert learned == ([False] * 4 + [True]) * 2
 
 
-def test_phases_lie_end_to_end_and_none_may_be_left(small) -> None:
+def test_phases_follow_each_other_and_at_least_one_remains(small) -> None:
     model = small("edge_connect")
     schedule = make_schedule(model, {"edge": 2, "inpaint_canny": 0, "inpaint": 3, "joint": 0})
-    assert [schedule.at(step)[0].name for step in range(schedule.total)] == ["edge"] * 2 + ["inpaint"] * 3
+    assert [schedule.phase_at(step)[0].name for step in range(schedule.total_steps)] == ["edge"] * 2 + [
+        "inpaint"
+    ] * 3
     with pytest.raises(ValueError, match="leaves no phase"):
         make_schedule(model, {phase.name: 0 for phase in model.phases})

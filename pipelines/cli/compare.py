@@ -1,0 +1,160 @@
+"""`inpaint models compare`: a table of paired differences with intervals, and an image of both models' results."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipelines.check_masks import FolderProgressCallback, check_masks
+from pipelines.contracts import ProgressCallback
+from pipelines.evaluation.comparison import INTERVAL_NOTE, PairedDifference, compare_methods
+from pipelines.evaluation.evaluate import evaluate
+from pipelines.evaluation.methods import InpaintingMethod
+from pipelines.evaluation.photographs import load_photographs
+from pipelines.evaluation.protocol import Protocol
+from pipelines.evaluation.results import EvaluationResult, masks_title
+from pipelines.evaluation.tables import METRIC_COLUMNS
+from pipelines.plots.images import encode_png, sample_grid
+from pipelines.recipe import EvaluationConfig
+from pipelines.registry.client import find_version, registry_client, version_uri
+from pipelines.registry.load import load_model
+from pipelines.registry.loaded_model import LoadedModelMethod, largest_training_size
+from pipelines.weights import INFO_FILE
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models, a and b, on the same photographs and masks."""
+
+    a: str
+    b: str
+    """NAME/VERSION, or a checkpoint folder."""
+    photographs: int
+    size: int
+    """Side in pixels of the square crops."""
+    protocol: Protocol
+    differences: tuple[PairedDifference, ...]
+    """b minus a, for each mask set, band and metric."""
+    distances: dict[str, dict[str, dict[str, Any]]]
+    """mask set -> model -> feature distances (FD, KID) over all photographs."""
+    picture: str | None
+    """Path of the image with both models side by side."""
+    text: str
+    """The table for a terminal."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The output of --json: all fields except `text`."""
+        rows = [row.as_json() | {"verdict": row.verdict} for row in self.differences]
+        fields = {key: value for key, value in vars(self).items() if key != "text"}
+        return fields | {"protocol": self.protocol.to_dict(), "differences": rows}
+
+
+def compare_models(
+    a: str,
+    b: str,
+    *,
+    images: str,
+    masks: Sequence[str],
+    max_photos: int = 100,
+    seed: int = 0,
+    size: int | None = None,
+    grid_rows: int = 6,
+    out: Path | None = None,
+    hole: Sequence[str] | None = None,
+    tracking_uri: str | None = None,
+    on_masks: FolderProgressCallback | None = None,
+    on_progress: ProgressCallback | None = None,
+) -> Comparison:
+    """Score two models, versions or checkpoint folders, on the same photographs and masks.
+
+    `hole`: the values of the hole in mask folders. `on_masks` is called while mask folders are read, `on_progress`
+    while photographs are scored. ValueError in one line: no such model, both the same, no photographs, or a hole that
+    one of the models cannot complete.
+    """
+    check_masks(masks, hole, on_masks)
+    keys = [_model_key(model, tracking_uri) for model in (a, b)]
+    if len(set(keys)) < 2:
+        raise ValueError(f"{a} and {b} are the same, {keys[0]}: there is nothing to compare")
+    key_a, key_b = keys
+    models = {
+        key: load_model(key if _is_checkpoint_folder(key) else version_uri(key), tracking_uri=tracking_uri)
+        for key in keys
+    }
+    size = size or largest_training_size(models.values())
+    photos = load_photographs(images, size, max_photos)
+    methods: dict[str, InpaintingMethod] = {key: LoadedModelMethod(model) for key, model in models.items()}
+    config = EvaluationConfig(masks=masks, max_photos=None, seed=seed, grid_rows=grid_rows, hole=hole)
+    evaluation = evaluate(methods, photos, config, progress=on_progress)
+    differences = compare_methods(evaluation, key_a, key_b)
+    if out:
+        grids = evaluation.sample_grids()
+        merged_grid = replace(grids[0], rows=tuple(row for grid in grids for row in grid.rows))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(encode_png(sample_grid(merged_grid)))
+    text = format_comparison(evaluation, differences, key_a, key_b)
+    return Comparison(
+        a=key_a,
+        b=key_b,
+        photographs=len(photos),
+        size=size,
+        protocol=evaluation.protocol,
+        differences=tuple(differences),
+        distances=evaluation.distances,
+        picture=str(out) if out else None,
+        text=f"{text}\nside by side: {out}" if out else text,
+    )
+
+
+def _is_checkpoint_folder(model: str) -> bool:
+    return Path(model, INFO_FILE).is_file()
+
+
+def _model_key(model: str, tracking_uri: str | None) -> str:
+    """A checkpoint folder unchanged, a version as NAME/VERSION."""
+    if _is_checkpoint_folder(model):
+        return model
+    with registry_client(tracking_uri) as client:
+        version = find_version(client, version_uri(model))
+        return f"{version.name}/{version.version}"
+
+
+def format_comparison(evaluation: EvaluationResult, rows: Sequence[PairedDifference], a: str, b: str) -> str:
+    """A table of 100 columns: the metrics of the main table per band, and the feature distances."""
+    lines = [f"A: {a}", f"B: {b}", INTERVAL_NOTE]
+    for masks in evaluation.bands:
+        mask_rows = [row for row in rows if row.masks == masks]
+        heading = f"{'hole %':<8}{'n':>5}  {'':<10}{'A':>9}{'B':>9}{'B - A':>10}  {'interval':<22}B is"
+        lines += ["", f"{masks_title(masks)}, {len(evaluation.photos)} photographs", heading]
+        last_band = ""
+        for row, name, digits in _table_rows(mask_rows):
+            row_start = " " * 13 if row.band == last_band else f"{row.band:<8}{row.n:>5}"
+            values = f"{row.mean_a:>9.{digits}f}{row.mean_b:>9.{digits}f}{row.mean_difference:>+10.{digits}f}"
+            lines.append(f"{row_start}  {name:<10}{values}  {row.interval_text:<22}{row.verdict}")
+            last_band = row.band
+        if excluded := max((row.excluded for row in mask_rows), default=0):
+            lines.append(f"{excluded} photographs with an exact result (infinite PSNR) are left out")
+        distances = [evaluation.distances.get(masks, {}).get(method, {}) for method in (a, b)]
+        if all("fd" in entry for entry in distances):
+            value_a, value_b = (f"{entry['fd']:.2f}" for entry in distances)
+            lines.append(
+                f"Frechet distance on {distances[0]['name']}: A {value_a}, B {value_b} (over all photographs, not paired)"
+            )
+        elif reason := next((entry["reason"] for entry in distances if "reason" in entry), ""):
+            lines.append(f"no Frechet distance: {reason}")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _table_rows(rows: Sequence[PairedDifference]) -> list[tuple[PairedDifference, str, int]]:
+    """(row, heading, decimals) of the main table's metrics by band; without total variation, which has no better."""
+    column_index = {
+        metric: index for index, (_, metric, _) in enumerate(METRIC_COLUMNS) if not metric.startswith("tv")
+    }
+    bands = list(dict.fromkeys(row.band for row in rows))
+    table_rows = [row for row in rows if row.metric in column_index]
+    table_rows.sort(key=lambda row: (bands.index(row.band), column_index[row.metric]))
+    return [
+        (row, METRIC_COLUMNS[column_index[row.metric]][0], METRIC_COLUMNS[column_index[row.metric]][2])
+        for row in table_rows
+    ]

@@ -1,0 +1,121 @@
+"""Entry point of `inpaint`: builds the parser, runs the command and prints errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pkgutil import resolve_name
+from typing import Any, NoReturn
+
+from data_prep.network import bypass_proxy_for_loopback, enable_long_retries
+from pipelines import notices
+from pipelines.cli.arguments import AddCommand, add_command
+from pipelines.cli.cluster import add_cluster_commands
+from pipelines.cli.data import add_data, add_edges, add_shard
+from pipelines.cli.evaluate import add_evaluate, add_fill, add_import
+from pipelines.cli.models import add_models
+from pipelines.cli.runs import add_plan, add_run, add_sweep, add_train
+from pipelines.cli.status import add_status
+from pipelines.cluster.ray_address import is_ray_job
+from pipelines.renamed import renamed_option
+
+COMMANDS: tuple[Callable[[AddCommand], None], ...] = (
+    *(add_run, add_plan, add_status, add_sweep, add_train),
+    *(add_shard, add_edges, add_data),
+    *(add_evaluate, add_fill, add_import),
+    *(add_models, add_cluster_commands),
+)
+"""Functions that add the commands, in the order of --help."""
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit: 0 done, 1 error (one line on stderr), 2 wrong usage, 130 interrupted."""
+    args = _parse(argv)
+    bypass_proxy_for_loopback()
+    if is_ray_job(os.environ):  # nobody watches a job
+        enable_long_retries()
+    os.environ.setdefault("WDS_SECURE", "1")  # webdataset: no shell in URLs, no unpickling
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+    # no notices for a program that calls main() or reads JSON
+    quiet = argv is not None or getattr(args, "json", False)
+    try:
+        with notices.command(startup_notice(args), quiet):
+            sys.exit(resolve_name(args.run)(args))
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command resumes", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(1)
+    except Exception as error:
+        if args.debug:
+            raise
+        from pipelines.errors import user_message
+
+        print(f"inpaint {args.command}: {user_message(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the arguments. Exits with status 2 if one is unknown; for an old name, the error gives the new one."""
+    parser = build_parser()
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        command = args.action if args.command == "models" else args.command
+        parser.error(renamed_option(command, unknown) or f"unrecognized arguments: {' '.join(unknown)}")
+    return args
+
+
+def startup_notice(args: argparse.Namespace) -> str:
+    """The notice to print if a command's start takes long."""
+    match args.command, getattr(args, "action", None):
+        case (("run" | "train" | "sweep" | "plan"), _):
+            return f"reading the recipe {args.recipe}"
+        case "status", _:
+            return "reading the status of the runs"
+        case "shard", _:
+            return f"looking for photographs in {args.source}"
+        case (("edges" | "data"), _):
+            return f"reading the shards in {args.shards}"
+        case "evaluate", _:
+            return f"loading {', '.join(args.models)}"
+        case "fill", _:
+            return f"reading {args.image}"
+        case "import", _:
+            return f"reading {', '.join(args.files)}"
+        case "submit", _:
+            return f"looking up the job {args.attach}" if args.attach else f"preparing a job of {args.recipe}"
+        case "masks", _:
+            return "drawing masks"
+        case "services", server:
+            return f"starting the {server} server"
+        case "models", _:
+            return f"reading {getattr(args, 'model', 'the models')} from the registry"
+        case "cluster", "up":
+            return f"starting the cluster {args.name}"
+        case "cluster", "down":
+            return f"stopping the cluster {args.name}"
+        case "cluster", "leave":
+            return "connecting to the cluster's head"
+        case _, action:
+            return f"{args.command} {action or ''}".rstrip()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="inpaint",
+        description="Train inpainting models on your photographs and register them in MLflow.",
+        epilog="example: inpaint run demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, help_text: str, example: str, subparsers: Any = commands) -> argparse.ArgumentParser:
+        return add_command(subparsers, name, help_text, example)
+
+    for add_parsers in COMMANDS:
+        add_parsers(add)
+    return top

@@ -1,0 +1,140 @@
+"""The scores of one batch of photographs: a pure function of its arguments, which a Ray task can run anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from data_prep.canny import canny_edges
+from data_prep.masks import hole_area_band
+from pipelines.errors import error_text
+from pipelines.evaluation.methods import InpaintingMethod
+from pipelines.evaluation.metrics import image_metrics, total_variation
+from pipelines.plots.images import edges_image, encode_png, masked_image
+
+PhotoFeatureExtractor = Callable[[Sequence[np.ndarray], int], np.ndarray]
+"""(photographs uint8 [H,W,3], index of the first) -> float [n,d]."""
+
+
+@dataclass(frozen=True)
+class EvalBatch:
+    """Consecutive photographs of an evaluation (uint8 [H,W,3]), and mask set -> their masks (uint8 [H,W])."""
+
+    first_index: int
+    images: tuple[np.ndarray, ...]
+    masks: dict[str, tuple[np.ndarray, ...]]
+    grid_indices: frozenset[int] = frozenset()
+    """Indices of the photographs in the sample grids."""
+
+
+@dataclass(frozen=True)
+class ScoringConfig:
+    """The settings of all batches of an evaluation; plain data unless the extractor holds its own feature stack."""
+
+    default_sigma: float
+    """Canny's, for methods without a sigma of their own."""
+    feature_extractor: PhotoFeatureExtractor | None = None
+    needs_truth_features: bool = True
+    """Whether to extract the features of the photographs themselves too."""
+
+
+@dataclass
+class BatchScores:
+    """The result of score_batch, in the order of the batch; keys are (mask set, method)."""
+
+    bands: dict[str, list[str]] = field(default_factory=dict)
+    scores: dict[tuple[str, str], list[dict[str, float] | str]] = field(default_factory=dict)
+    """Per photograph: its scores, or why the method could not complete it."""
+    photo_tv: list[float] = field(default_factory=list)
+    features: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    """[crops, d] of the methods that completed every photograph; those of the ground truth under ("", "")."""
+    pictures: dict[tuple[int, str], dict[str, bytes]] = field(default_factory=dict)
+    """(index of the photograph, mask set) -> column -> PNG."""
+
+
+def score_batch(
+    methods: Mapping[str, InpaintingMethod], batch: EvalBatch, config: ScoringConfig
+) -> BatchScores:
+    """Scores, features and pictures of one batch: a pure function."""
+    batch_scores, extract = BatchScores(), config.feature_extractor
+    batch_scores.photo_tv = [100 * total_variation(image / 255.0) for image in batch.images]
+    if extract and config.needs_truth_features:
+        batch_scores.features["", ""] = extract(batch.images, batch.first_index)
+    sigmas = {name: getattr(method, "sigma", config.default_sigma) for name, method in methods.items()}
+    for mask_set, masks in batch.masks.items():
+        batch_scores.bands[mask_set] = [hole_area_band(mask) for mask in masks]
+        results: dict[str, list[np.ndarray | None]] = {name: [] for name in methods}
+        for offset, (image, mask) in enumerate(zip(batch.images, masks, strict=True)):
+            known = np.where(mask[..., None] != 0, np.uint8(0), image)
+            edges = {s: canny_edges(known, s, mask=mask) for s in set(sigmas.values()) if s is not None}
+            for name, method in methods.items():
+                edge = _edges_for(edges, sigmas[name])
+                if edge is not None and getattr(method, "uses_true_edges", False):
+                    edge = canny_edges(image, sigmas[name] or 0)
+                result, score = _complete_and_score(method, image, known, mask, edge)
+                batch_scores.scores.setdefault((mask_set, name), []).append(score)
+                results[name].append(result)
+            if batch.first_index + offset in batch.grid_indices:
+                diagnostics = _diagnostic_images(methods, known, mask, edges, sigmas)
+                pictures = {"ground truth": image, "masked": masked_image(image, mask), **diagnostics}
+                pictures.update({name: r[-1] for name, r in results.items() if r[-1] is not None})
+                batch_scores.pictures[batch.first_index + offset, mask_set] = {
+                    n: encode_png(p) for n, p in pictures.items()
+                }
+        for name, completions in results.items():
+            completed = [result for result in completions if result is not None]
+            if extract and len(completed) == len(completions):
+                batch_scores.features[mask_set, name] = extract(completed, batch.first_index)
+    return batch_scores
+
+
+def _complete_and_score(
+    method: InpaintingMethod, image: np.ndarray, known: np.ndarray, mask: np.ndarray, edge: np.ndarray | None
+) -> tuple[np.ndarray | None, dict[str, float] | str]:
+    try:
+        result = method(known.copy(), mask.copy(), edge)
+        return result, image_metrics(image, result, mask)
+    except Exception as error:  # goes into the table, and does not stop the other methods
+        return None, error_text(error)
+
+
+def _edges_for(edges: Mapping[float, np.ndarray], sigma: float | None) -> np.ndarray | None:
+    return None if sigma is None else edges[sigma].copy()
+
+
+def _diagnostic_images(
+    methods: Mapping[str, InpaintingMethod],
+    known: np.ndarray,
+    mask: np.ndarray,
+    edges: Mapping[float, np.ndarray],
+    sigmas: Mapping[str, float | None],
+) -> dict[str, np.ndarray]:
+    """The columns `edges` and `attention`, one for each method that draws them.
+
+    If no method draws edges, `edges` shows the known ones.
+    """
+    edge_methods = [name for name, method in methods.items() if hasattr(method, "predict_edges")]
+    attention_methods = [name for name, method in methods.items() if hasattr(method, "visualize_attention")]
+    pictures = {}
+    for name in (*edge_methods, *attention_methods):
+        method: Any = methods[name]
+        kind, same_kind = (
+            ("edges", edge_methods) if name in edge_methods else ("attention", attention_methods)
+        )
+        edge = _edges_for(edges, sigmas[name])
+        try:
+            if kind == "attention":
+                picture = method.visualize_attention(known.copy(), mask.copy(), edge)
+            else:
+                known_edges = np.zeros(mask.shape, bool) if edge is None else edge
+                predicted_edges = method.predict_edges(known.copy(), mask.copy(), edge)
+                picture = edges_image(known_edges, mask, predicted_edges)
+        except ValueError:
+            continue  # the method cannot complete this hole either, and its scores say so
+        pictures[kind if len(same_kind) == 1 else f"{kind} ({name})"] = picture
+    if not edge_methods and edges:
+        pictures["edges"] = edges_image(edges[min(edges)], mask)
+    return pictures

@@ -1,0 +1,1 @@
+"""Plots in one style, charts as SVG, sample grids and PNG encoding."""

@@ -1,0 +1,20 @@
+"""The typed recipe of a run: read from YAML, frozen, with errors that name the nearest known field."""
+
+from __future__ import annotations
+
+from pipelines.recipe.schema import Recipe
+from pipelines.recipe.sections import DistanceConfig, EvaluationConfig, Masks, ModelConfig, Scaling, Train
+from pipelines.recipe.sweep import Budget, Domain, Sweep
+
+__all__ = [
+    "Budget",
+    "DistanceConfig",
+    "Domain",
+    "EvaluationConfig",
+    "Masks",
+    "ModelConfig",
+    "Recipe",
+    "Scaling",
+    "Sweep",
+    "Train",
+]

@@ -1,0 +1,156 @@
+"""The report of a run: one self-contained HTML page without scripts and external resources."""
+
+from __future__ import annotations
+
+import base64
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup, escape
+
+from pipelines.evaluation.metrics import METRIC_DEFINITIONS
+from pipelines.evaluation.results import EvaluationResult
+from pipelines.evaluation.tables import METRIC_COLUMNS, band_tables, main_tables
+from pipelines.plots.images import Grid, encode_png
+from pipelines.plots.svg import Points, StepNode, curve_svg, format_duration, graph_svg
+
+
+@dataclass(frozen=True)
+class TrainingCurves:
+    """The training curves of one model."""
+
+    metrics: Mapping[str, Points]
+    """Metric -> [(step, value)]."""
+    phases: Sequence[tuple[float, str]] = ()
+    """(first step, name) of each phase."""
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """The contents of a report. Empty fields have no section."""
+
+    title: str
+    summary: Sequence[str] = ()
+    evaluation: EvaluationResult | None = None
+    grids: Sequence[Grid] = ()
+    """Sample grids besides the evaluation's."""
+    curves: Mapping[str, TrainingCurves] = field(default_factory=dict)
+    steps: Sequence[StepNode] = ()
+    versions: Sequence[Mapping[str, Any]] = ()
+    """Rows with `name`, `version` and further columns (aliases, run, score...)."""
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    """Packages and machine of the run."""
+    recipe: str = ""
+    """YAML."""
+    photographs: Mapping[str, Any] = field(default_factory=dict)
+    """The source and its counts: splits, rejected and left-out files."""
+
+
+def write_report(path: Path, data: ReportData) -> Path:
+    """Write the page atomically; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(
+        "w", dir=path.parent, suffix=".tmp", encoding="utf-8", delete=False
+    ) as file:
+        file.write(report_html(data))
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)
+    return path
+
+
+def report_html(data: ReportData) -> str:
+    """The page as text. Images are data URIs; all values are escaped."""
+    evaluation = data.evaluation
+    grids = [*(evaluation.sample_grids() if evaluation else ()), *data.grids]
+    return _template().render(
+        data=data,
+        tables=main_tables(evaluation) if evaluation else [],
+        band_tables=band_tables(evaluation) if evaluation else [],
+        definitions=_definitions() if evaluation else {},
+        protocol=_flatten(evaluation.protocol.to_dict()) if evaluation else {},
+        distances=_distance_rows(evaluation) if evaluation else [],
+        grids=[_grid_context(grid) for grid in grids],
+        curves={name: _curve_charts(curves) for name, curves in data.curves.items()},
+        graph=graph_svg(data.steps),
+        total=format_duration(sum(step.seconds or 0.0 for step in data.steps)),
+        version_columns=list(dict.fromkeys(key for row in data.versions for key in row)),
+        environment=_flatten(data.environment),
+        photographs=_flatten(data.photographs),
+    )
+
+
+@cache
+def _template() -> Template:
+    folder = FileSystemLoader(Path(__file__).parent / "templates")
+    environment = Environment(
+        loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["breakable"] = _breakable
+    return environment.get_template("report.html")
+
+
+def _breakable(name: str) -> Markup:
+    """Allow line breaks after underscores."""
+    return Markup("_<wbr>").join(escape(part) for part in name.split("_"))
+
+
+def _grid_context(grid: Grid) -> dict[str, Any]:
+    rows = [
+        [
+            None if cell is None else {"uri": _data_uri(cell), "drawing": grid.is_drawing(column)}
+            for column, cell in enumerate(row)
+        ]
+        for row in grid.rows
+    ]
+    return {"title": grid.title, "note": grid.note, "columns": grid.columns, "rows": rows}
+
+
+def _data_uri(image: np.ndarray) -> str:
+    return "data:image/png;base64," + base64.b64encode(encode_png(image)).decode()
+
+
+def _curve_charts(curves: TrainingCurves) -> list[tuple[str, str, Any]]:
+    """[(name, last value, chart)], validation scores first, then losses by name."""
+    charts = []
+    for name in sorted(curves.metrics, key=lambda name: (not name.startswith(("val", "psnr")), name)):
+        chart = curve_svg(name, curves.metrics[name], curves.phases)
+        if chart:
+            charts.append((name, f"{curves.metrics[name][-1][1]:.4g}", chart))
+    return charts
+
+
+def _definitions() -> dict[str, str]:
+    return {heading: METRIC_DEFINITIONS[metric] for heading, metric, *_ in METRIC_COLUMNS}
+
+
+def _distance_rows(evaluation: EvaluationResult) -> list[dict[str, Any]]:
+    """One row per method: its Frechet and kernel distances, and the kernel distance's standard deviation over subsets."""
+    return [
+        {"masks": masks, "method": method, **entry}
+        for masks, methods in evaluation.distances.items()
+        for method, entry in methods.items()
+        if "fd" in entry
+    ]
+
+
+def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings as dotted names; without `metrics`, whose definitions are elsewhere on the page."""
+    flat = {}
+    for key, value in mapping.items():
+        name = f"{prefix}{key}"
+        if name == "metrics":
+            continue
+        if isinstance(value, Mapping):
+            flat.update(_flatten(value, f"{name}."))
+        elif isinstance(value, (list, tuple)):
+            flat[name] = ", ".join(map(str, value)) or "none"
+        else:
+            flat[name] = "none" if value is None else str(value)
+    return flat
