@@ -13,6 +13,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [
     "getting-started",
+    "photographs",
+    "filling",
     "recipes",
     "training",
     "sweeps",

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import cv2
+import numpy as np
 import psutil
 import pytest
 from xdist.scheduler import LoadFileScheduling
@@ -88,6 +89,21 @@ def finished(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Fin
     assert run.finish(driver) == 0, run.output
     assert run.exposed_listeners == set()
     return FinishedDemo(run, driver.pid, second, second_status)
+
+
+@pytest.fixture(scope="session")
+def place(finished: FinishedDemo) -> CliRun:
+    """The finished run, with `photos`, a few of them in `few`, `photo.png` and `mask.png` in its working folder."""
+    run = finished.run
+    (run.folder / "few").mkdir()
+    for photograph in sorted((run.folder / "photos").glob("a b *.png"))[:12]:
+        (run.folder / "few" / photograph.name).symlink_to(photograph.resolve())
+    photo = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+    mask = np.zeros((90, 120), np.uint8)
+    mask[30:50, 40:60] = 255
+    cv2.imwrite(str(run.folder / "photo.png"), photo)
+    cv2.imwrite(str(run.folder / "mask.png"), mask)
+    return run
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Every command of the command line and of the README, on one small finished run."""
+"""The command line on one small finished run: what the commands print, keep and refuse."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ from support.cluster_harness import (
     RECIPE,
     ROOT,
     CliRun,
-    FinishedDemo,
     ListenerWatch,
     clean_environment,
-    readme_commands,
 )
+from support.pages import DOCS, blocks
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,21 +34,6 @@ def watch() -> Iterator[ListenerWatch]:
     with ListenerWatch(os.getpid()) as watch:
         yield watch
     assert watch.exposed == set()
-
-
-@pytest.fixture(scope="module")
-def place(finished: FinishedDemo) -> CliRun:
-    """A working folder with `photos`, a few of them in `few`, `photo.png`, `mask.png` and a finished run in `runs`."""
-    run = finished.run
-    (run.folder / "few").mkdir()
-    for photograph in sorted((run.folder / "photos").glob("a b *.png"))[:12]:
-        (run.folder / "few" / photograph.name).symlink_to(photograph.resolve())
-    photo = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
-    mask = np.zeros((90, 120), np.uint8)
-    mask[30:50, 40:60] = 255
-    cv2.imwrite(str(run.folder / "photo.png"), photo)
-    cv2.imwrite(str(run.folder / "mask.png"), mask)
-    return run
 
 
 @pytest.fixture
@@ -70,34 +54,9 @@ def inpaint(
     return call
 
 
-def test_the_readme_has_enough_commands() -> None:
-    assert len(readme_commands()) >= 12
-    assert "_TABLE" not in (ROOT / "README.md").read_text()
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        c
-        for c in readme_commands()
-        if c.split()[0] == "inpaint"
-        and c.split()[1] not in ("run", "status", "train", "sweep", "submit", "services", "cluster")
-    ],
-)
-def test_readme_command(command: str, inpaint: Callable[..., tuple[int, str]], watch: ListenerWatch) -> None:
-    # compare models on a few photographs only
-    status, output = inpaint(*shlex.split(command.replace("--images photos", "--images few"))[1:])
-    assert status == 0, output
-    assert "Traceback" not in output
-    if command.startswith("inpaint shard "):
-        assert {"gcs_server", "raylet"} <= {name for name, _ in watch.listeners}
-
-
-def test_readme_runs(place: CliRun, inpaint: Callable[..., tuple[int, str]]) -> None:
-    """The finished run is a short version of the README's `run`; `train` and `status` reuse it."""
-    for verb in ("run", "train", "status"):
-        assert f"inpaint {verb} demo --set data.source=photos" in readme_commands()
-    assert place.recipe_arguments[:3] == ("demo", "--set", "data.source=photos")
+def test_train_and_status_reuse_a_finished_run(
+    place: CliRun, inpaint: Callable[..., tuple[int, str]]
+) -> None:
     status, output = inpaint("train", *place.recipe_arguments)
     assert status == 0, output
     assert "all steps are cached" in output
@@ -106,26 +65,25 @@ def test_readme_runs(place: CliRun, inpaint: Callable[..., tuple[int, str]]) -> 
     assert output.count("finished") >= 7
 
 
-def test_readme_notebook(place: CliRun) -> None:
-    """The README's Python code gives the results that the README states."""
-    (notebook,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def test_a_model_is_used_without_ray(place: CliRun) -> None:
+    """The Python code of the page on filling, and a search."""
+    (documented,) = (block.text for block in blocks(DOCS / "filling.md") if block.language == "python")
     check = """
 assert filled.dtype == np.uint8 and filled.shape == photo.shape
 assert (filled == photo)[~mask].all() and (filled != photo)[mask].any()
+frame = registry.search(where="center/psnr > 5", order_by="center/psnr desc", tracking_uri=tracking_uri)
 assert {"context_encoder", "edge_connect"} <= set(frame["name"])
 assert frame["center/psnr_rgb_hole"].is_monotonic_decreasing
 assert not {"ray"} & set(__import__("sys").modules)
 """
-    environment = clean_environment() | {"PYTHONPATH": str(ROOT)}
     process = subprocess.run(
-        [sys.executable, "-c", notebook + check],
+        [sys.executable, "-c", documented + check],
         cwd=place.folder,
-        env=environment,
+        env=clean_environment() | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
     assert process.returncode == 0, process.stderr
-    assert "center/psnr_rgb_hole" in process.stdout
 
 
 def test_registry_commands(inpaint: Callable[..., tuple[int, str]]) -> None:

@@ -10,12 +10,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 
 from pipelines.cli.main import main
-from support.cluster_harness import DEMO, ROOT, CliRun, FinishedDemo, clean_environment
+from support.cluster_harness import DEMO, ROOT, CliRun, ListenerWatch, clean_environment
 from support.pages import Block, blocks, inpaint_arguments, pages
 
 PAGES = [
@@ -36,22 +34,13 @@ for line in sys.stdin:
 """
 
 
-@pytest.fixture(scope="module")
-def place(finished: FinishedDemo) -> CliRun:
-    """A working folder with `photos`, a few of them in `few`, `photo.png`, `mask.png` and a finished run in `runs`."""
-    run = finished.run
-    (run.folder / "few").mkdir(exist_ok=True)
-    for photograph in sorted((run.folder / "photos").glob("a b *.png"))[:12]:
-        link = run.folder / "few" / photograph.name
-        if not link.exists():
-            link.symlink_to(photograph.resolve())
-    mask = np.zeros((90, 120), np.uint8)
-    mask[30:50, 40:60] = 255
-    cv2.imwrite(
-        str(run.folder / "photo.png"), np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
-    )
-    cv2.imwrite(str(run.folder / "mask.png"), mask)
-    return run
+@pytest.fixture(scope="module", autouse=True)
+def watch() -> Iterator[ListenerWatch]:
+    """Watches the processes started by the commands: all listen on loopback only."""
+    with ListenerWatch(os.getpid()) as watch:
+        yield watch
+    assert watch.exposed == set()
+    assert {"gcs_server", "raylet"} <= {name for name, _ in watch.listeners}
 
 
 class PythonPage:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import signal
 import sqlite3
 import subprocess
@@ -69,12 +68,6 @@ DEMO = (
         "evaluate={max_photos: 8, distance: null, grid_rows: 3}",
     ),
 )
-
-
-def readme_commands() -> list[str]:
-    """The `inpaint` lines of the README's shell blocks."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if "inpaint" in line]
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from pipelines.sweeps.space import (
     trial_recipe,
 )
 from pipelines.sweeps.workflow import build_sweep, check_sweep
+from support.pages import DOCS, blocks
 
 STEPS = {"edge": 30, "inpaint_canny": 0, "inpaint": 50, "joint": 0}
 
@@ -241,9 +241,7 @@ def test_every_shipped_sweep_is_valid(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_readmes_sweep_is_valid() -> None:
-    (block,) = re.findall(
-        r"```yaml\n(.*?)```", (Path(__file__).parents[3] / "README.md").read_text(), re.DOTALL
-    )
+def test_the_documented_sweep_is_valid() -> None:
+    (block,) = (b.text for b in blocks(DOCS / "sweeps.md") if b.language == "yaml")
     body = recipe(fields={"edges.sigma": [1]}).model_dump(mode="json", exclude_unset=True)
     check_sweep(parse_recipe(body | yaml.safe_load(block)))
