@@ -96,7 +96,9 @@ def field_table(section: type[BaseModel]) -> str:
         default = field.default if field.default_factory is None else field.default_factory()  # type: ignore[call-arg]
         shown = "required" if default is PydanticUndefined else value(default)
         kind = Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation  # type: ignore[misc]
-        rows.append((f"`{name}`", annotation(kind), shown, field.description or ""))
+        if not field.description:
+            raise SystemExit(f"{section.__name__}.{name} has no description")
+        rows.append((f"`{name}`", annotation(kind), shown, field.description))
     return table(("field", "type", "default", "meaning"), rows)
 
 
@@ -107,7 +109,9 @@ def option_table(model: str) -> str:
     rows = []
     for field in fields(options):
         default = field.default if field.default is not MISSING else field.default_factory()  # type: ignore[misc]
-        rows.append((f"`{field.name}`", value(default), texts.get(field.name, "")))
+        if field.name not in texts:
+            raise SystemExit(f"{options.__name__}.{field.name} has no docstring")
+        rows.append((f"`{field.name}`", value(default), texts[field.name]))
     module = inspect.getdoc(sys.modules[model_class(model).__module__]) or ""
     first = module.split("\n\n")[0].replace("\n", " ")
     return f"{first}\n\n{table(('option', 'default', 'meaning'), rows)}"
@@ -118,15 +122,15 @@ def attribute_docstrings(cls: type) -> dict[str, str]:
     (body,) = [
         node for node in ast.walk(ast.parse(inspect.getsource(cls))) if isinstance(node, ast.ClassDef)
     ][:1]
-    found = {}
+    docstrings = {}
     for field, text in zip(body.body, body.body[1:]):
         if (
             isinstance(field, ast.AnnAssign)
             and isinstance(text, ast.Expr)
             and isinstance(text.value, ast.Constant)
         ):
-            found[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
-    return found
+            docstrings[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
+    return docstrings
 
 
 def mask_table() -> str:
@@ -275,8 +279,8 @@ def layer_names() -> tuple[tuple[str, ...], ...]:
         for node in tree.body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS"
     ]
-    found: tuple[tuple[str, ...], ...] = ast.literal_eval(value)
-    return found
+    layers: tuple[tuple[str, ...], ...] = ast.literal_eval(value)
+    return layers
 
 
 if __name__ == "__main__":

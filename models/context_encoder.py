@@ -33,16 +33,21 @@ class ContextEncoderOptions:
     width: float = 1.0
     """Scales all channel counts, also the bottleneck; 1 is the paper's."""
     bottleneck: int = 4000
+    """Channels of the bottleneck at width 1."""
     overlap: int = 7
     """Overlap of the output with the known context on each side, in pixels at 128 px (paper 7, released 4)."""
     overlap_weight: float = 10.0
+    """Factor on the reconstruction loss in the overlap."""
     fill_color: str = "paper"
     """Colour of the blanked square: the ImageNet mean, or "released": the mean in the released code's channel order."""
     lambda_rec: float = 0.999
+    """Weight of the l2 reconstruction loss."""
     lambda_adv: float = 0.001
     """0: reconstruction loss only, without a discriminator."""
     lr_generator: float = 2e-3
+    """Learning rate of the encoder and decoder."""
     lr_discriminator: float = 2e-4
+    """Learning rate of the discriminator."""
 
     def __post_init__(self) -> None:
         if self.size < 32 or self.size & (self.size - 1):

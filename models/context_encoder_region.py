@@ -41,11 +41,14 @@ class ContextEncoderRegionOptions:
     fill_color: str = "paper"
     """Colour of the hole: the ImageNet mean, or "released": the mean in the released code's channel order."""
     lambda_rec: float = 0.999
+    """Weight of the l2 reconstruction loss."""
     lambda_adv: float | None = None
     """None: 0.001 with released, 0 with paper, whose adversarial loss diverged with AlexNet. 0: reconstruction loss only,
     without a discriminator."""
     lr_generator: float = 2e-3
+    """Learning rate of the encoder and decoder."""
     lr_discriminator: float = 2e-4
+    """Learning rate of the discriminator."""
 
     def __post_init__(self) -> None:
         name = "context_encoder_region"

@@ -64,6 +64,7 @@ class DeepFillV1Options:
     lambda_ae: float = 1.2
     """Weight of the l1 on known pixels."""
     lambda_gp: float = 10.0
+    """Weight of the gradient penalty in the critics' losses."""
     coarse_alpha: float = 1.2
     """Weight of the coarse output in both l1 losses; that of the refined output is 1."""
     discount: str = "released"
@@ -74,8 +75,11 @@ class DeepFillV1Options:
     critic_steps: int = 5
     """Critic steps per generator step."""
     lr: float = 1e-4
+    """Learning rate of all networks."""
     beta1: float = 0.5
+    """First beta of Adam."""
     beta2: float = 0.9
+    """Second beta of Adam."""
 
     def __post_init__(self) -> None:
         if self.size < 32 or self.size % 32:

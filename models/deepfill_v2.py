@@ -62,8 +62,11 @@ class DeepFillV2Options:
     lambda_l1: float = 1.0
     """Weight of the l1 of the coarse and of the refined output."""
     lr: float = 1e-4
+    """Learning rate of both networks."""
     beta1: float = 0.5
+    """First beta of Adam."""
     beta2: float = 0.999
+    """Second beta of Adam."""
 
     def __post_init__(self) -> None:
         if self.width <= 0:

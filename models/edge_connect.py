@@ -70,14 +70,21 @@ class EdgeConnectOptions:
     width: float = 1.0
     """Scales all channel counts; 1 is the paper's."""
     residual_blocks: int = 8
+    """Residual blocks of each generator."""
     gan: str = "nsgan"
     """nsgan, lsgan or hinge."""
     lambda_adv1: float = 1.0
+    """Weight of G1's adversarial loss."""
     lambda_FM: float = 10.0
+    """Weight of G1's feature matching loss."""
     lambda_l1: float = 1.0
+    """Weight of G2's l1."""
     lambda_adv2: float = 0.1
+    """Weight of G2's adversarial loss."""
     lambda_p: float = 0.1
+    """Weight of G2's perceptual loss."""
     lambda_s: float = 250.0
+    """Weight of G2's style loss."""
     features: str | Mapping[str, Any] = "vgg19"
     """vgg19, efficientnet_lite0, or a mapping: name, weights, sha256, and perceptual and style (lists of layers).
     The defaults of lambda_p and lambda_s are for vgg19; efficientnet_lite0 has larger features: use 0.02 and 1."""
@@ -86,14 +93,18 @@ class EdgeConnectOptions:
     joint_without_d1: bool = False
     """Omit D1 and G1's own losses in the joint phase, as in the paper but not in the released code."""
     lr: float = 1e-4
+    """Learning rate of the generators before the joint phase."""
     lr_drop_at: float = 1.0
     """Fraction of each phase before the joint one after which learning rates are divided by 10: the paper trains at 1e-4
     to a plateau, then at 1e-5; the released code never drops them (1)."""
     lr_joint: float = 1e-6
+    """Learning rate of the generators in the joint phase."""
     d2g_lr: float = 0.1
     """Learning rate of the discriminators over that of the generators."""
     beta1: float = 0.0
+    """First beta of Adam."""
     beta2: float = 0.9
+    """Second beta of Adam."""
 
     def __post_init__(self) -> None:
         if self.edge_input not in EDGE_INPUTS:

@@ -60,6 +60,7 @@ class GLCICOptions:
     scale_discriminator: bool = False
     """Multiply D's loss in the joint phase by alpha / 2, as in the port."""
     optimizer: Literal["adadelta", "adam"] = "adadelta"
+    """adadelta (paper) or adam."""
     lr: float = 1.0
     """Adadelta's learning rate."""
     lr_adam: float = 4e-4

@@ -49,11 +49,15 @@ class PartialConvOptions:
     """Normalisation of the network's input and output, and of the losses valid, hole and tv: "imagenet" (mean 0 and
     standard deviation 1 per channel), or "symmetric", [-1,1]. The paper does not state it; ports use either."""
     lambda_valid: float = 1.0
+    """Weight of the l1 on known pixels."""
     lambda_hole: float = 6.0
+    """Weight of the l1 in the hole."""
     lambda_perceptual: float = 0.05
+    """Weight of the perceptual loss."""
     lambda_style: float = 120.0
     """Weight of each of the two style losses."""
     lambda_tv: float = 0.1
+    """Weight of the total variation loss."""
     tv_region: str = "dilated"
     """Region of the total variation loss: the hole dilated by a pixel, the sum divided by the number of elements of the
     image (paper), or "whole": the mean over all horizontal pairs of the composite plus that over all vertical ones, as
@@ -62,7 +66,9 @@ class PartialConvOptions:
     """vgg16, efficientnet_lite0, or a mapping: name, weights, sha256 and layers (a list). The defaults of
     lambda_perceptual and lambda_style are for vgg16; efficientnet_lite0 has larger features: use 0.02 and 0.5."""
     lr: float = 2e-4
+    """Learning rate of the phase `train`."""
     lr_finetune: float = 5e-5
+    """Learning rate of the phase `finetune`."""
 
     def __post_init__(self) -> None:
         if not 3 <= self.levels <= 12:

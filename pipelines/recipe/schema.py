@@ -29,22 +29,31 @@ from pipelines.recipe.sweep import Sweep
 class Recipe(Section):
     """All that defines a run. `storage` and `tracking_uri` say where results are stored; they do not change them."""
 
-    name: Annotated[str, AfterValidator(check_run_name)]
-    storage: str = "runs"
+    name: Annotated[str, AfterValidator(check_run_name)] = Field(
+        description="of the run in reports, in MLflow and in `inpaint status`"
+    )
+    storage: str = Field(
+        "runs",
+        description="folder or s3://bucket/prefix for all that a run writes; relative to where it starts",
+    )
     tracking_uri: str | None = Field(
         None,
         description="MLflow's tracking URI; none = MLFLOW_TRACKING_URI, or a database beside the storage",
     )
-    experiment: Annotated[str, AfterValidator(check_experiment_name)] = "inpaint"
-    seed: Seed = 0
-    data: Data = Data()
-    edges: Edges = Edges()
-    masks: Masks = Field({"center": 1.0})
-    train: Train = Train()
-    scaling: Scaling = Scaling()
-    models: dict[str, ModelConfig]
-    evaluate: EvaluationConfig = EvaluationConfig()
-    sweep: Sweep | None = None
+    experiment: Annotated[str, AfterValidator(check_experiment_name)] = Field(
+        "inpaint", description="experiment in MLflow that the runs belong to"
+    )
+    seed: Seed = Field(0, description="decides initial weights, order of the photographs, crops and masks")
+    data: Data = Field(Data(), description="the photographs, and how they are stored")
+    edges: Edges = Field(Edges(), description="Canny edges")
+    masks: Masks = Field({"center": 1.0}, description="masks for training")
+    train: Train = Field(Train(), description="steps, batch, precision, checkpoints")
+    scaling: Scaling = Field(Scaling(), description="workers and their resources")
+    models: dict[str, ModelConfig] = Field(description="the models to train: key -> section")
+    evaluate: EvaluationConfig = Field(
+        EvaluationConfig(), description="photographs, masks and metrics of the scores"
+    )
+    sweep: Sweep | None = Field(None, description="values to try; none = `inpaint sweep` has nothing to do")
 
     @model_validator(mode="before")
     @classmethod

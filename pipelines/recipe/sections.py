@@ -83,7 +83,9 @@ class Data(Section):
 class Edges(Section):
     """Canny's sigma (of several, one is chosen at random per photograph), and whether it sees the hole in training."""
 
-    sigma: tuple[Annotated[float, Field(ge=0, le=20)], ...] = (2.0,)
+    sigma: tuple[Annotated[float, Field(ge=0, le=20)], ...] = Field(
+        (2.0,), description="standard deviation of Canny's Gaussian in pixels, 0 = no blur; or several"
+    )
     mode: Literal["full", "masked", "none"] = Field(
         "full",
         description="full: Canny on the whole photograph, as in the released code; masked: only outside the hole",
@@ -154,8 +156,12 @@ class Scaling(Section):
         60.0,
         description="seconds between checks for free or lost nodes; the number of workers changes at checkpoints",
     )
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
-    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = Field(
+        0, description="GPUs of each worker; 0 = CPUs only"
+    )
+    cpus_per_worker: Annotated[float, Field(gt=0)] = Field(
+        1, description="CPUs of each worker, and torch's threads in it"
+    )
     max_failures: Annotated[int, Field(ge=0)] = Field(
         3, description="lost worker groups after which training fails"
     )
@@ -180,11 +186,11 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
-    name: str
-    seed: Seed | None = None
-    masks: Masks | None = None
+    name: str = Field(description="the network: one of the models below; default: the key")
+    seed: Seed | None = Field(None, description="none = the recipe's")
+    masks: Masks | None = Field(None, description="masks for training this model; none = the recipe's")
     edges: Edges | None = Field(None, description="edges section of this model; none = the recipe's")
-    train: Train | None = None
+    train: Train | None = Field(None, description="fields of `train` that differ for this model")
     register_as: str | None = Field(None, description="name in the registry; `none`: do not register")
 
     @property
@@ -200,9 +206,14 @@ class ModelConfig(BaseModel):
 class DistanceConfig(Section):
     """The Frechet and kernel distances: frozen features, their layer, and the number of crops."""
 
-    features: str = "efficientnet_lite0"
-    weights: str | None = None
-    sha256: str | None = None
+    features: str = Field(
+        "efficientnet_lite0", description="feature network: efficientnet_lite0, vgg16 or vgg19"
+    )
+    weights: str | None = Field(
+        None,
+        description="its weights, a path, s3://... or https://...; none = the package's (efficientnet_lite0)",
+    )
+    sha256: str | None = Field(None, description="SHA-256 of the weights file; needed with https://")
     layer: str | None = Field(None, description="layer of the feature stack; none = its default")
     crops_per_photo: PositiveInt = Field(4, description="fixed crops per photograph")
 
@@ -214,16 +225,18 @@ class EvaluationConfig(Section):
     """
 
     masks: tuple[str, ...] = Field(("center",), description="kinds or folders of masks")
-    split: Literal["train", "val", "test"] = "test"
+    split: Literal["train", "val", "test"] = Field("test", description="split that is scored")
     max_photos: PositiveInt | None = Field(
         1000, description="maximum number of photographs (the first ones); none = all"
     )
-    seed: Seed = 0
+    seed: Seed = Field(0, description="decides the fixed masks and crops")
     sigma: Annotated[float, Field(ge=0, le=20)] = Field(
         2.0, description="Canny's, for edges outside the hole, for models without a sigma of their own"
     )
     metric: str = Field("psnr_rgb_hole", description="metric that decides which version becomes champion")
-    distance: DistanceConfig | None = DistanceConfig()
+    distance: DistanceConfig | None = Field(
+        DistanceConfig(), description="features and crops of `fd` and `kid`; none = neither"
+    )
     grid_rows: Annotated[int, Field(ge=0)] = Field(
         6, description="rows of the sample grid: evenly spaced photographs; 0 = no grid"
     )

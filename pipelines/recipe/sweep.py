@@ -48,7 +48,7 @@ class Domain(Section):
 class Budget(Section):
     """Limits after which a sweep starts no more trials; running trials finish. The first limit reached counts."""
 
-    trials: PositiveInt | None = None
+    trials: PositiveInt | None = Field(None, description="number of trials, failed ones too")
     minutes: Annotated[float, Field(gt=0)] | None = Field(None, description="run time of this sweep")
     steps: PositiveInt | None = Field(None, description="training steps, summed over all trials")
 
@@ -64,7 +64,9 @@ class Sweep(Section):
         description="such as model.lambda_adv <= model.lambda_rec / 10: settings that break one are left out",
     )
     model: str | None = Field(None, description="key of the model to sweep; none = the recipe's only model")
-    search: Literal["grid", "random", "optuna"] = "grid"
+    search: Literal["grid", "random", "optuna"] = Field(
+        "grid", description="grid: all combinations; random; optuna: learns from finished trials"
+    )
     scheduler: Literal["none", "asha", "median", "pbt"] = Field(
         "none",
         description="asha, median: stop bad trials early; pbt: copy good trials and change their fields",
@@ -78,7 +80,7 @@ class Sweep(Section):
     train: dict[str, Any] = Field(
         {}, description="fields of `train` that are different in trials, such as steps"
     )
-    budget: Budget = Budget()
+    budget: Budget = Field(Budget(), description="no trial starts after the first limit; running ones finish")
     max_concurrent_trials: PositiveInt | None = Field(
         None, description="maximum number of concurrent trials; none = as many as fit on the cluster"
     )

@@ -13,17 +13,17 @@ from pipelines import registry
 from pipelines.recipe.load import load_recipe
 from pipelines.sweeps.results import FAILED, FINISHED, STOPPED, SweepResult
 from support.cluster_harness import (
-    README_PHOTOGRAPHS,
+    PHOTOGRAPHS,
     CliRun,
     hash_weights,
     kill_processes,
     process_tree,
-    readme_commands,
     set_options,
     wait_for,
 )
 from support.mlflow_curves import check_curves, check_not_ahead_of_checkpoints
 from support.mlflow_server import MlflowServer
+from support.notebooks import execute
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -80,8 +80,8 @@ def check_runs(run: CliRun) -> None:
 
 
 MODEL = "models.edge_connect-canny"
-README = (
-    *README_PHOTOGRAPHS,
+SWEEP = (
+    *PHOTOGRAPHS,
     *set_options(
         "data={size: 32, margin: 4, val: 0.4, max_reject_fraction: 0.2}",
         "train={batch: 4, checkpoint_every: 5, log_every: 5}",
@@ -99,15 +99,13 @@ README = (
 )
 
 
-def test_the_readmes_sweep_resumes_after_a_kill_and_registers_a_version(
+def test_a_shipped_sweep_resumes_after_a_kill_and_registers_a_version(
     photographs: Path, make_run: Callable[..., CliRun]
 ) -> None:
     """Three trials; one of them always fails."""
     run = make_run("killed")
     (run.folder / "photos").symlink_to(photographs)
-    run.command, run.recipe_arguments = "sweep", ("edge_connect-sigma", *README)
-    for verb in ("sweep", "run"):
-        assert f"inpaint {verb} edge_connect-sigma --set data.source=photos" in readme_commands()
+    run.command, run.recipe_arguments = "sweep", ("edge_connect-sigma", *SWEEP)
     driver = run.start()
 
     def running_trials() -> set[int]:
@@ -148,6 +146,11 @@ def test_the_readmes_sweep_resumes_after_a_kill_and_registers_a_version(
     assert best.sweep is None
     assert best.edges.sigma == (sweep.best_group.values["edges.sigma"],)
     assert (folder / "sweep.html").stat().st_size > 10_000
+    notebook = "\n".join(execute("reading-a-sweep", run.folder))
+    assert "3 trials of edge_connect-canny" in notebook
+    assert failed.reason in notebook
+    assert f"best: {sweep.best_group.values}" in notebook
+    assert "edges:" in notebook  # the best recipe
 
     run.command = "run"
     assert run.finish() == 0, run.output

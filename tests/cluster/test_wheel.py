@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from support.cluster_harness import DEMO, README_PHOTOGRAPHS, ROOT, clean_environment
+from support.cluster_harness import DEMO, PHOTOGRAPHS, ROOT, clean_environment
 
 pytestmark = pytest.mark.soak
 PACKAGES = ("data_prep", "models", "pipelines")
-SHORT_DEMO = ("demo", *DEMO[1 + len(README_PHOTOGRAPHS) :])  # on the bundled photographs
+SHORT_DEMO = ("demo", *DEMO[1 + len(PHOTOGRAPHS) :])  # on the bundled photographs
 
 
 def tracked_files() -> list[str]:

@@ -40,7 +40,7 @@ RECIPE = {
 }  # fmt: skip
 
 ROOT = Path(__file__).parents[2]
-README_PHOTOGRAPHS = ("--set", "data.source=photos")  # as in the README
+PHOTOGRAPHS = ("--set", "data.source=photos")
 
 
 def set_options(*values: str) -> tuple[str, ...]:
@@ -50,7 +50,7 @@ def set_options(*values: str) -> tuple[str, ...]:
 # a short version of the demo
 DEMO = (
     "demo",
-    *README_PHOTOGRAPHS,
+    *PHOTOGRAPHS,
     *set_options(
         "data.size=32",
         "data.margin=4",
