@@ -118,6 +118,6 @@ def small() -> Callable[..., Model]:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> str:
     """The name of a model in tests/ that is registered for the duration of the test."""
-    monkeypatch.setenv(models.MODELS_ENV_VAR, "")
+    monkeypatch.setenv(models.MODELS_ENV_VAR, os.environ.get(models.MODELS_ENV_VAR, ""))
     models.register(tiny_model.NAME, tiny_model.CLASS_PATH)
     return tiny_model.NAME

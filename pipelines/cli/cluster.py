@@ -183,13 +183,17 @@ def _submit_job(args: argparse.Namespace, address: str) -> tuple[str, str]:
     from pipelines.cluster import jobs
     from pipelines.recipe.load import recipe_from_args
 
-    recipe, notes = jobs.make_portable(recipe_from_args(args), address)
+    recipe = recipe_from_args(args)
+    client = jobs.connect(
+        address
+    )  # a head that is down is the error, not a path that its cluster would not have
+    recipe, notes = jobs.make_portable(recipe, address)
     if recipe.tracking_uri is None and is_s3_uri(recipe.storage):
         notes.append("no tracking URI is given: the job uses the cluster's MLFLOW_TRACKING_URI")
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     status_command = shlex.join(["inpaint", "status", recipe.name, "--storage", recipe.storage])
-    return jobs.submit(recipe, address), status_command
+    return jobs.submit(recipe, client), status_command
 
 
 def cluster_command(args: argparse.Namespace) -> int:

@@ -263,16 +263,18 @@ def _check_and_repair(args: argparse.Namespace) -> int:
         }
         print(json.dumps(result, indent=1))
     else:
-        print(_summarize_check(checker, findings, remaining, args.repair, reasons))
+        tars = len(checker.manifest.shards) * (1 + len(checker.edge_datasets))
+        print(_summarize_check(checker.shards.uri, tars, findings, remaining, args.repair, reasons))
     return 1 if remaining else 0
 
 
-def _summarize_check(check: Any, findings: list, remaining: list, repaired: bool, reasons: list[str]) -> str:
-    tars = len(check.manifest.shards) * (1 + len(check.edge_datasets))
+def _summarize_check(
+    uri: str, tars: int, findings: list, remaining: list, repaired: bool, reasons: list[str]
+) -> str:
     if not findings:
-        return f"{tars} tars in {check.shards.uri} match their manifests"
+        return f"{tars} tars in {uri} match their manifests"
     if not repaired:
-        return f"{len(findings)} findings in {tars} tars; repair them: inpaint data check {check.shards.uri} --repair"
+        return f"{len(findings)} findings in {tars} tars; repair them: inpaint data check {uri} --repair"
     if remaining:
         heading = f"{len(remaining)} of {len(findings)} findings remain:"
         return "\n".join([heading, *map(str, remaining), *reasons])

@@ -44,9 +44,8 @@ JOB_ENV_VARS = {
 }
 
 
-def submit(recipe: Recipe, address: str) -> str:
-    """Submit the recipe with this package's source to the head; returns the submission id."""
-    client = connect(address)
+def submit(recipe: Recipe, client: Any) -> str:
+    """Submit the recipe with this package's source by a client of `connect`; returns the submission id."""
     with package_source(recipe) as folder:
         return client.submit_job(
             entrypoint=ENTRYPOINT,
@@ -278,7 +277,10 @@ async def _print_logs(client: Any, job: str, address: str) -> tuple[str, str]:
             if status.is_terminal():
                 lines = [line for line in tail.splitlines() if line.strip()]
                 return str(status.value), lines[-1] if lines else ""
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:
+            # Ray's error if the connection ends without a closing handshake, as when the head dies
+            if isinstance(error, RuntimeError) and not str(error).startswith("WebSocket"):
+                raise
             failures += 1
             if failures > MAX_RECONNECTS:
                 raise SubmitError(

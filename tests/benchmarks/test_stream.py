@@ -20,6 +20,7 @@ from skimage.color import rgb2gray
 from skimage.feature import canny
 
 from data_prep.edge_maps import write_edge_manifest, write_edge_tars
+from data_prep.manifest import Manifest
 from data_prep.masks import make_mask
 from data_prep.partitions import SourceListing, assign_partitions
 from data_prep.preprocess import ShardOptions
@@ -33,7 +34,7 @@ from data_prep.tars import read_index
 SIZE, BATCH, PHOTOS, SIGMA = 256, 16, 512, 2.0
 
 
-Data = tuple[Storage, Storage, dict[str, Any]]
+Data = tuple[Storage, Storage, Manifest]
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def make(folders: pytest.TempPathFactory, options: ShardOptions) -> Data:
     return shards, edges, manifest
 
 
-def members(storage: Storage, manifest: dict[str, Any]) -> list[bytes]:
+def members(storage: Storage, manifest: Manifest) -> list[bytes]:
     samples = []
     for entry in manifest.shards:
         index, tar = read_index(storage, entry.name), storage.read(entry.name)

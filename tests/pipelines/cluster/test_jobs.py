@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import socket
@@ -15,9 +16,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import ray
+from aiohttp import web
 from ray._private.runtime_env.packaging import create_package
 
-from pipelines.cluster.jobs import SubmitError, connect, make_portable, package_source, submission_id
+from pipelines.cluster.jobs import (
+    SubmitError,
+    connect,
+    follow_logs,
+    make_portable,
+    package_source,
+    submission_id,
+)
 from pipelines.cluster.loopback import is_loopback
 from pipelines.recipe.load import load_recipe, parse_recipe
 
@@ -151,6 +161,55 @@ def test_a_silent_head_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(SubmitError, match="does not answer"):
             connect(address)
+
+
+@contextmanager
+def head_that_drops_connections() -> Iterator[str]:
+    """Speaks the Jobs API as far as following a job needs it; the log's WebSocket ends without a closing handshake."""
+
+    async def version(request: web.Request) -> web.Response:
+        return web.json_response(
+            {"version": "4", "ray_version": ray.__version__, "ray_commit": ray.__commit__}
+        )
+
+    async def tail(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.send_str("step 1\n")
+        assert request.transport
+        request.transport.close()
+        return socket
+
+    app = web.Application()
+    app.router.add_get("/api/version", version)
+    app.router.add_get("/api/jobs/{job}/logs/tail", tail)
+    loop = asyncio.new_event_loop()
+    runner = web.AppRunner(app)
+    loop.run_until_complete(runner.setup())
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    loop.run_until_complete(site.start())
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+@pytest.mark.slow  # a server
+def test_a_lost_connection_names_the_command_that_follows_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipelines.cluster.jobs.MAX_RECONNECTS", 1)
+    with (
+        head_that_drops_connections() as address,
+        pytest.raises(
+            SubmitError, match=f"lost the connection .*: inpaint submit --attach job --address {address}"
+        ),
+    ):
+        follow_logs("job", address, threading.Event())
+    assert capsys.readouterr().out == "step 1\n"
 
 
 @pytest.mark.parametrize(
