@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[1]
 PAGES = [
     "getting-started",
     "photographs",
-    "filling",
     "recipes",
     "training",
     "sweeps",
     "evaluation",
     "registry",
+    "filling",
     "python-api",
     "clusters",
     "data-format",
