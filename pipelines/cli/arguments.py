@@ -56,7 +56,7 @@ HOLE_HELP = (
     "value of the hole in mask images: a grey level or class number (2), levels (128-255) or a colour ('#ff0000'); "
     "repeatable (default: white, or of two colours the one that is not black)"
 )
-MODEL_HELP = "models:/NAME@ALIAS, models:/NAME/VERSION or a checkpoint folder"
+MODEL_HELP = "a checkpoint folder, NAME@ALIAS, NAME/VERSION, or NAME (its champion, else its newest version)"
 RECIPE_HELP = "name of a shipped recipe or a YAML file"
 
 AddCommand = Callable[..., argparse.ArgumentParser]

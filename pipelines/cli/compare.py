@@ -18,10 +18,9 @@ from pipelines.evaluation.results import EvaluationResult, masks_title
 from pipelines.evaluation.tables import METRIC_COLUMNS
 from pipelines.plots.images import encode_png, sample_grid
 from pipelines.recipe import EvaluationConfig
-from pipelines.registry.client import find_version, registry_client, version_uri
+from pipelines.registry.client import find_folder, find_version, registry_client
 from pipelines.registry.load import load_model
 from pipelines.registry.loaded_model import LoadedModelMethod, largest_training_size
-from pipelines.weights import INFO_FILE
 
 
 @dataclass(frozen=True)
@@ -79,8 +78,8 @@ def compare_models(
         raise ValueError(f"{a} and {b} are the same, {keys[0]}: there is nothing to compare")
     key_a, key_b = keys
     models = {
-        key: load_model(key if _is_checkpoint_folder(key) else version_uri(key), tracking_uri=tracking_uri)
-        for key in keys
+        key: load_model(key if find_folder(model) else f"models:/{key}", tracking_uri=tracking_uri)
+        for key, model in zip(keys, (a, b))
     }
     size = size or largest_training_size(models.values())
     photos = load_photographs(images, size, max_photos)
@@ -107,16 +106,12 @@ def compare_models(
     )
 
 
-def _is_checkpoint_folder(model: str) -> bool:
-    return Path(model, INFO_FILE).is_file()
-
-
 def _model_key(model: str, tracking_uri: str | None) -> str:
     """A checkpoint folder unchanged, a version as NAME/VERSION."""
-    if _is_checkpoint_folder(model):
+    if find_folder(model):
         return model
     with registry_client(tracking_uri) as client:
-        version = find_version(client, version_uri(model))
+        version = find_version(client, model)
         return f"{version.name}/{version.version}"
 
 

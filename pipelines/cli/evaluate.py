@@ -30,7 +30,7 @@ def add_evaluate(add: AddCommand) -> None:
     evaluate = add(
         "evaluate",
         "score models and the classical baselines on photographs",
-        "evaluate models:/edge_connect@champion --images photos --masks center --out scores",
+        "evaluate edge_connect@champion --images photos --masks center --out scores",
     )
     evaluate.add_argument("models", metavar="MODEL", nargs="+", help=MODEL_HELP)
     evaluate.add_argument(
@@ -74,7 +74,7 @@ def add_fill(add: AddCommand) -> None:
     fill = add(
         "fill",
         "fill the hole of a photograph",
-        "fill models:/edge_connect@champion photo.jpg mask.png --out filled.png",
+        "fill edge_connect@champion photo.jpg mask.png --out filled.png",
     )
     fill.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     fill.add_argument("image", metavar="IMAGE", help="a photograph of any size and mode")

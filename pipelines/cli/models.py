@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.uris import redact_uri
-from pipelines.cli.arguments import HOLE_HELP, AddCommand, positive_int, seed_int
+from pipelines.cli.arguments import HOLE_HELP, MODEL_HELP, AddCommand, positive_int, seed_int
 
 VERSION_METAVAR = "NAME[@ALIAS|/VERSION]"
-VERSION_OR_FOLDER_HELP = f"{VERSION_METAVAR} (NAME alone: its champion) or a checkpoint folder"
 PHOTOS_HELP = "photo folder, shard folder or bundled"
 MASKS_HELP = "mask folders, or kinds: center, box ..."
 
@@ -52,8 +51,8 @@ def add_models(add: AddCommand) -> None:
         "compare two versions on the same photographs and masks: paired differences with intervals",
         "edge_connect@champion edge_connect@candidate --images photos --masks center --out compared.png",
     )
-    compare.add_argument("model", metavar="A", help=VERSION_OR_FOLDER_HELP)
-    compare.add_argument("other", metavar="B", help=VERSION_OR_FOLDER_HELP)
+    compare.add_argument("model", metavar="A", help=MODEL_HELP)
+    compare.add_argument("other", metavar="B", help=MODEL_HELP)
     compare.add_argument("--images", metavar="DIR", default="bundled", help=f"{PHOTOS_HELP} (%(default)s)")
     compare.add_argument(
         "--masks", metavar="DIR_OR_KIND", nargs="+", default=["center"], help=f"{MASKS_HELP} (center)"
@@ -76,7 +75,7 @@ def add_models(add: AddCommand) -> None:
         "set an alias; `champion` only if the version scores at least as well as the current champion",
         "edge_connect/2 --alias champion",
     )
-    promote.add_argument("model", metavar="NAME/VERSION")
+    promote.add_argument("model", metavar="NAME/VERSION|NAME@ALIAS")
     promote.add_argument("--alias", default="champion", help="(%(default)s)")
     promote.add_argument("--reason", default="", help="recorded in the history")
     promote.add_argument("--force", action="store_true", help="even if it is worse or cannot be compared")
@@ -155,8 +154,7 @@ def _show(args: argparse.Namespace, uri: str) -> Answer:
     from pipelines import registry
     from pipelines.cli import text as model_text
 
-    name = args.model.removeprefix("models:/")
-    details = registry.show(f"models:/{name}" if "@" in name or "/" in name else name, uri)
+    details = registry.show(args.model, uri)
     return details.as_json(), model_text.format_details(details)
 
 
@@ -164,7 +162,9 @@ def _best(args: argparse.Namespace, uri: str) -> Answer:
     from pipelines import registry
     from pipelines.cli import text as model_text
 
-    ranking = registry.best(args.model, args.metric, band=args.band, masks=args.masks, tracking_uri=uri)
+    ranking = registry.best(
+        args.model.removeprefix("models:/"), args.metric, band=args.band, masks=args.masks, tracking_uri=uri
+    )
     return asdict(ranking), model_text.format_ranking(ranking)
 
 
@@ -200,7 +200,7 @@ def _promote(args: argparse.Namespace, uri: str) -> Answer:
     from pipelines.cli.progress import mask_reading_display, scoring_display
     from pipelines.registry.promotion import compare_and_promote
 
-    name, version = _parse_version(args.model)
+    name, version = _find_version(args.model, uri) if "@" in args.model else _parse_version(args.model)
     with mask_reading_display(args.json) as on_masks, scoring_display(args.json) as on_progress:
         promotion = compare_and_promote(
             name,
@@ -262,12 +262,9 @@ def _export(args: argparse.Namespace, uri: str) -> Answer:
     if args.size is not None and args.form != "onnx":
         raise ValueError(f"--size goes with --onnx: --{args.form} takes any size")
     check_writable_file(args.out, "--out", create_parents=True)
-    from pipelines.registry.client import version_uri
     from pipelines.registry.export import export_version
 
-    exported = export_version(
-        version_uri(args.model), args.form, Path(args.out), size=args.size, tracking_uri=uri
-    )
+    exported = export_version(args.model, args.form, Path(args.out), size=args.size, tracking_uri=uri)
     return asdict(exported), (
         f"{exported.name} version {exported.version}: {exported.path}, {exported.bytes / 1e6:.1f} MB, "
         f"within {exported.difference:.1e} of the registered program"
@@ -298,6 +295,15 @@ def _adopt(args: argparse.Namespace, uri: str) -> Answer:
     return {"database": str(path), "rewritten": count}, (
         f"{text} now: {count} paths rewritten" if count else f"{text} already"
     )
+
+
+def _find_version(model: str, uri: str) -> tuple[str, str]:
+    """(name, version) of NAME@ALIAS."""
+    from pipelines.registry.client import find_version, registry_client
+
+    with registry_client(uri) as client:
+        version = find_version(client, model)
+        return version.name, str(version.version)
 
 
 def _parse_version(text: str) -> tuple[str, str]:

@@ -48,10 +48,12 @@ Overtaken, place = ConcurrentPromotion, alias_state  # their names in release 0.
 
 
 def load_model(uri: str | Path, *, tracking_uri: str | None = None, device: str = "cpu") -> LoadedModel:
-    """Load models:/NAME@ALIAS, models:/NAME/VERSION, or a checkpoint folder (model.safetensors and model.json).
+    """Load a checkpoint folder (model.safetensors and model.json), NAME@ALIAS, NAME/VERSION, or NAME: its champion, else
+    its newest version.
 
-    Loading unpickles nothing and runs no code that comes with a model. RegistryError: no such name, alias or version
-    (the message lists the existing ones), a server that does not answer, a damaged checkpoint, a malformed URI.
+    An existing folder comes before a registered model of the same name; models:/NAME is always the registered one.
+    Loading unpickles nothing and runs no code that comes with a model. RegistryError: no such folder, name, alias or
+    version (the message lists the existing ones), a server that does not answer, a damaged checkpoint.
     """
     from pipelines.registry import load
 
@@ -90,7 +92,7 @@ def register(
 
 
 def show(uri: str, tracking_uri: str | None = None) -> VersionDetails | ModelDetails:
-    """Details of a version (models:/NAME@ALIAS, models:/NAME/VERSION), or of a model and all its versions (NAME).
+    """Details of a version (NAME@ALIAS, NAME/VERSION), or of a model and all its versions (NAME); models:/ is optional.
 
     RegistryError: no such model, alias or version.
     """

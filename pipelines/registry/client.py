@@ -27,18 +27,22 @@ from pipelines.tracking.moved_storage import relocate_if_moved
 from pipelines.tracking.server import TrackingError, check_server, explain_mlflow_error
 
 CANDIDATE, CHAMPION = "candidate", "champion"
-VERSION_URI_PATTERN = re.compile(rf"models:/({MODEL_NAME.pattern})(?:@({MODEL_NAME.pattern})|/(\d+))")
+VERSION_PATTERN = re.compile(rf"(?:models:/)?({MODEL_NAME.pattern})(?:@({MODEL_NAME.pattern})|/(\d+))?")
 LOG_LEVELS = {
     "mlflow": logging.ERROR,
     "alembic": logging.ERROR,
     "mlflow.store.db.utils": logging.CRITICAL,  # logs the errors that it raises, with tracebacks
 }
 CHECKPOINT_FOLDER = "checkpoint"  # in a version's files; the whole model is rebuilt from it
-URI_HINT = "write models:/NAME@ALIAS, models:/NAME/VERSION or a checkpoint folder"
+MODEL_HINT = "write NAME, NAME@ALIAS, NAME/VERSION or a checkpoint folder"
 
 
 class RegistryError(ValueError):
     """Something is not in the registry, or the registry cannot be reached: one line that says what to do."""
+
+
+class NotRegistered(RegistryError):
+    """There is no registry, or no model of this name in it."""
 
 
 @contextmanager
@@ -53,7 +57,7 @@ def registry_client(tracking_uri: str | None = None, keep_retries: bool = False)
     try:
         uri = normalize_tracking_uri(uri)
         if (path := path_from_sqlite_url(uri)) and not path.exists():
-            raise RegistryError(
+            raise NotRegistered(
                 f"there is no MLflow registry at {uri}: set MLFLOW_TRACKING_URI to the one that holds the model"
             )
         relocate_if_moved(uri)
@@ -98,7 +102,7 @@ def registry_client(tracking_uri: str | None = None, keep_retries: bool = False)
 
 
 def find_model(client: MlflowClient, name: str) -> RegisteredModel:
-    """The registered model. RegistryError: there is none of this name; the message lists the existing ones."""
+    """The registered model. NotRegistered: there is none of this name; the message lists the existing ones."""
     try:
         return client.get_registered_model(name)
     except MlflowException as error:
@@ -111,27 +115,29 @@ def find_model(client: MlflowClient, name: str) -> RegisteredModel:
         if matches
         else f"it has {', '.join(known) or 'none yet: inpaint run makes one'}"
     )
-    raise RegistryError(f"the registry has no model {name!r}: {hint}") from None
+    raise NotRegistered(f"the registry has no model {name!r}: {hint}") from None
 
 
-def find_version(client: MlflowClient, uri: str) -> ModelVersion:
-    """The version that models:/NAME@ALIAS or models:/NAME/VERSION names.
+def find_folder(model: str | Path) -> Path | None:
+    """The existing folder that a model argument names; None: it names a registered model.
+
+    A folder comes first: `edge_connect` is the folder edge_connect if there is one; models:/edge_connect never is.
+    """
+    text = str(model)
+    return Path(text) if not text.startswith("models:") and os.path.isdir(text) else None
+
+
+def find_version(client: MlflowClient, model: str) -> ModelVersion:
+    """The version that NAME@ALIAS, NAME/VERSION or NAME (its champion, else its newest) names; models:/ is optional.
 
     RegistryError: there is no such model, alias or version; the message lists the existing ones.
     """
-    match = VERSION_URI_PATTERN.fullmatch(uri)
+    match = VERSION_PATTERN.fullmatch(model)
     if not match:
-        raise RegistryError(f"{uri!r} names no model version: {URI_HINT}")
+        raise RegistryError(f"{model!r} names no model version: {MODEL_HINT}")
     name, alias, number = match.groups()
-    if alias:
-        model = find_model(client, name)
-        if alias not in model.aliases:
-            known = (
-                ", ".join(f"{key} (version {value})" for key, value in sorted(model.aliases.items()))
-                or "none"
-            )
-            raise RegistryError(f"{name} has no alias {alias!r}; its aliases: {known}")
-        number = str(model.aliases[alias])
+    if alias or not number:
+        return _find_by_alias(client, name, alias)
     try:
         return client.get_model_version(name, number)
     except MlflowException as error:
@@ -141,6 +147,24 @@ def find_version(client: MlflowClient, uri: str) -> ModelVersion:
     numbers = sorted(int(version.version) for version in list_versions(client, name))
     versions = ", ".join(map(str, numbers)) if len(numbers) <= 10 else f"{numbers[0]} to {numbers[-1]}"
     raise RegistryError(f"{name} has no version {number}; its versions: {versions or 'none'}") from None
+
+
+def _find_by_alias(client: MlflowClient, name: str, alias: str | None) -> ModelVersion:
+    """The version with this alias; None: the champion, else the newest version."""
+    model = find_model(client, name)
+    if alias or CHAMPION in model.aliases:
+        alias = alias or CHAMPION
+        if alias not in model.aliases:
+            known = (
+                ", ".join(f"{key} (version {value})" for key, value in sorted(model.aliases.items()))
+                or "none"
+            )
+            raise RegistryError(f"{name} has no alias {alias!r}; its aliases: {known}")
+        return client.get_model_version(name, str(model.aliases[alias]))
+    versions = list_versions(client, name)
+    if not versions:
+        raise RegistryError(f"{name} has no version yet: `inpaint run` registers one")
+    return versions[-1]
 
 
 def list_versions(
@@ -209,12 +233,6 @@ def all_pages(search: Callable[..., Any], **arguments: Any) -> list[Any]:
         page = search(**arguments, page_token=page.token)
         results += page
     return results
-
-
-def version_uri(text: str, alias: str = CHAMPION) -> str:
-    """The models:/ URI of NAME@ALIAS, NAME/VERSION or NAME (its champion); a models:/ prefix is optional."""
-    name = text.removeprefix("models:/")
-    return f"models:/{name}" if "@" in name or "/" in name else f"models:/{name}@{alias}"
 
 
 def utc_time(milliseconds: int | None) -> str:

@@ -109,18 +109,19 @@ class ModelDetails:
 
 
 def show(uri: str, tracking_uri: str | None = None) -> VersionDetails | ModelDetails:
-    """Details of a version (models:/NAME@ALIAS, models:/NAME/VERSION), or of a model and all its versions (NAME).
+    """Details of a version (NAME@ALIAS, NAME/VERSION), or of a model and all its versions (NAME); models:/ is optional.
 
     RegistryError: no such model, alias or version.
     """
     with registry_client(tracking_uri) as client:
-        if not uri.startswith("models:"):
-            model = find_model(client, uri)
+        name = uri.removeprefix("models:/")
+        if not {"@", "/"} & set(name):
+            model = find_model(client, name)
             return ModelDetails(
                 name=model.name,
                 aliases={alias: str(version) for alias, version in sorted(model.aliases.items())},
                 versions=tuple(
-                    _version_row(version, model.aliases) for version in list_versions(client, uri)[::-1]
+                    _version_row(version, model.aliases) for version in list_versions(client, name)[::-1]
                 ),
                 history=tuple(full_history(model.tags)),
             )

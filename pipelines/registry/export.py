@@ -50,7 +50,7 @@ class ExportResult:
 def export_version(
     uri: str, export_format: str, out: Path, *, size: int | None = None, tracking_uri: str | None = None
 ) -> ExportResult:
-    """Write a version (models:/NAME@ALIAS, models:/NAME/VERSION) to the file `out`, after checking the output.
+    """Write a version (NAME@ALIAS, NAME/VERSION, or NAME) to the file `out`, after checking the output.
 
     onnx: see export_onnx; `size` restricts the file to one size. pt2: the version's program, for torch.export.load.
     safetensors: the weights of all networks, discriminators included, and their description in out.json; named

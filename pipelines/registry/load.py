@@ -23,9 +23,12 @@ from models.base import Model
 from pipelines.environment import set_environment
 from pipelines.errors import error_text
 from pipelines.registry.client import (
-    URI_HINT,
+    MODEL_HINT,
+    VERSION_PATTERN,
+    NotRegistered,
     RegistryError,
     download_artifact,
+    find_folder,
     find_version,
     registry_client,
 )
@@ -42,17 +45,24 @@ SAFE_ENVIRONMENT = {
 
 
 def load_model(uri: str | Path, *, tracking_uri: str | None = None, device: str = "cpu") -> LoadedModel:
-    """Load models:/NAME@ALIAS, models:/NAME/VERSION, or a checkpoint folder (model.safetensors and model.json).
+    """Load a checkpoint folder (model.safetensors and model.json), NAME@ALIAS, NAME/VERSION, or NAME: its champion, else
+    its newest version.
 
-    Loading unpickles nothing and runs no code that comes with a model. RegistryError: no such name, alias or version
-    (the message lists the existing ones), a server that does not answer, a damaged checkpoint, a malformed URI.
+    An existing folder comes before a registered model of the same name; models:/NAME is always the registered one.
+    Loading unpickles nothing and runs no code that comes with a model. RegistryError: no such folder, name, alias or
+    version (the message lists the existing ones), a server that does not answer, a damaged checkpoint.
     """
     text = str(uri)
+    if folder := find_folder(text):
+        return _load_checkpoint(folder, device)
     if text.startswith("models:"):
         return _load_version(text, tracking_uri, device)
-    if Path(text).is_dir():
-        return _load_checkpoint(Path(text), device)
-    raise RegistryError(f"{text!r} is not a model: {URI_HINT}")
+    if isinstance(uri, Path) or not VERSION_PATTERN.fullmatch(text):
+        raise RegistryError(f"{text!r} is not a model: there is no such folder; {MODEL_HINT}")
+    try:
+        return _load_version(text, tracking_uri, device)
+    except NotRegistered as error:
+        raise NotRegistered(f"{error}; there is no folder {text!r} either") from error
 
 
 def _load_version(uri: str, tracking_uri: str | None, device: str) -> LoadedModel:
@@ -104,7 +114,12 @@ def load_program(version: ModelVersion, folder: str, device: str = "cpu") -> tup
 def _load_checkpoint(folder: Path, device: str) -> LoadedModel:
     for name in (WEIGHTS_FILE, INFO_FILE):
         if not (folder / name).is_file():
-            raise RegistryError(f"{folder} is not a checkpoint folder: it has no {name}")
+            registered = (
+                f"; models:/{folder} means the registered model"
+                if VERSION_PATTERN.fullmatch(str(folder))
+                else ""
+            )
+            raise RegistryError(f"{folder} is not a checkpoint folder: it has no {name}{registered}")
     try:
         model, info = load_weights(folder)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -81,6 +81,8 @@ def test_promote_and_rollback(models: Run) -> None:
     assert models("rollback", "encoder")[1] == "encoder: champion is version 2 again\n"
     assert "rollback: by hand" in models("history", "encoder")[1]
     assert models("promote", "encoder/2")[1] == "encoder version 2 is now champion (already)\n"
+    by_alias = models("promote", "encoder@candidate", "--alias", "tried")
+    assert by_alias[:2] == (0, "encoder version 3 is now tried\n")
     result = json.loads(models("promote", "encoder/1", "--alias", "shadow", "--json")[1])
     assert (result["alias"], result["before"], result["comparison"]) == ("shadow", None, None)
 

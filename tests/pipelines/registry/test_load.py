@@ -21,7 +21,9 @@ from data_prep.uris import path_from_file_url
 from models.base import Model
 from pipelines.inference.fill import fill
 from pipelines.registry import LoadedModel, RegistryError, load_model, show
+from pipelines.registry.client import find_version, registry_client
 from pipelines.registry.loaded_model import to_hole_mask, to_rgb_array
+from pipelines.weights import CheckpointInfo, save_weights
 from support.mlflow_stores import SIGMA, MlflowStore, photograph
 
 
@@ -188,9 +190,10 @@ def test_errors_list_what_exists(store: MlflowStore) -> None:
         "models:/xyz@champion": "no model 'xyz': it has edges, encoder",
         "models:/encoder@best": r"no alias 'best'; its aliases: candidate \(version 1\)",
         "models:/encoder/7": "encoder has no version 7; its versions: 1",
-        "models:/encoder": "names no model version: write models:/NAME@ALIAS",
         "models:/encoder/latest": "names no model version",
-        "nowhere": "'nowhere' is not a model: write models:/NAME@ALIAS, models:/NAME/VERSION or a checkpoint folder",
+        "encodr": "no model 'encodr': did you mean 'encoder'.; there is no folder 'encodr' either",
+        "encoder@best": r"no alias 'best'; its aliases: candidate \(version 1\)",
+        "runs/best": "'runs/best' is not a model: there is no such folder; write NAME, NAME@ALIAS, NAME/VERSION or a",
     }.items():
         with pytest.raises(RegistryError, match=message) as error:
             load_model(uri, tracking_uri=store.uri)
@@ -200,6 +203,47 @@ def test_errors_list_what_exists(store: MlflowStore) -> None:
     with pytest.raises(RegistryError, match=r"server at http://127\.0\.0\.1:9 does not answer") as error:
         load_model("models:/encoder/1", tracking_uri="http://user:secret@127.0.0.1:9")
     assert "secret" not in str(error.value)
+
+
+def test_a_model_is_named_with_or_without_prefix_alias_and_version(
+    store: MlflowStore, loaded: dict[str, LoadedModel]
+) -> None:
+    image, mask = photograph()
+    expected = loaded["encoder"].complete(image, mask)
+    for name in ("encoder", "encoder@candidate", "encoder/1", "models:/encoder", "models:/encoder@candidate"):
+        model = load_model(name, tracking_uri=store.uri)
+        assert (model.name, model.version) == ("encoder", "1")
+        np.testing.assert_array_equal(model.complete(image, mask), expected)
+
+
+def test_a_name_alone_is_the_champion_else_the_newest_version(bare: MlflowStore) -> None:
+    bare.add_empty_versions("many", 11)
+    with registry_client(bare.uri) as client:
+        assert int(find_version(client, "many").version) == 11
+        assert int(find_version(client, "many/2").version) == 2
+        bare.client.set_registered_model_alias("many", "champion", "9")
+        assert {int(find_version(client, name).version) for name in ("many", "models:/many")} == {9}
+        bare.client.create_registered_model("none")
+        with pytest.raises(RegistryError, match="none has no version yet"):
+            find_version(client, "none")
+    assert [row.version for row in show("models:/many", bare.uri).versions][:2] == ["11", "10"]
+
+
+def test_a_folder_comes_before_a_registered_model(
+    store: MlflowStore, edge_connect: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "encoder").mkdir()
+    with pytest.raises(
+        RegistryError, match=r"it has no model\.safetensors; models:/encoder means the registered"
+    ):
+        load_model("encoder", tracking_uri=store.uri)
+    assert load_model("models:/encoder", tracking_uri=store.uri).version == "1"
+    save_weights(
+        tmp_path / "encoder", edge_connect, {}, CheckpointInfo("edge_connect", vars(edge_connect.options))
+    )
+    model = load_model("encoder", tracking_uri=store.uri)
+    assert (model.name, model.version) == ("edge_connect", None)
 
 
 def test_loading_restores_mlflows_settings(store: MlflowStore, monkeypatch: pytest.MonkeyPatch) -> None:
