@@ -450,10 +450,7 @@ def test_without_the_token(deployment: Deployment) -> None:
     storage = ["--storage", "s3://inpaint/runs"]
     status, output = deployment.submit("demo", *storage, **other_environment(deployment))
     assert status == 1
-    assert [line.split(":")[0] for line in output.splitlines() if "..." not in line] == [
-        "note",
-        "inpaint submit",
-    ]
+    assert [line.split(":")[0] for line in output.splitlines() if "..." not in line] == ["inpaint submit"]
     assert "requires a token (401): put it in RAY_AUTH_TOKEN, " in output
     status, output = deployment.submit(
         "demo", *storage, RAY_AUTH_TOKEN="0" * 64, **other_environment(deployment)
