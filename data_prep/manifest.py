@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from data_prep.left_out import LeftOutEntry
+from data_prep.left_out import LeftOutEntry, left_out_lines, left_out_total, printable
 from data_prep.preprocess import ShardOptions
 from data_prep.records import RecordError, decode, to_json
 from data_prep.storage import MissingKey, Storage
@@ -90,6 +90,38 @@ class Manifest:
     def shards_of_split(self, split: str) -> list[ShardEntry]:
         """The tars of a split, in the manifest's order."""
         return [entry for entry in self.shards if entry.split == split]
+
+
+def count_text(manifest: Manifest) -> str:
+    """`84 train, 12 val, 12 test; 3 rejects, 1 duplicate, 2 left out`; after the splits, without what there is none of."""
+    splits = ", ".join(f"{count} {split}" for split, count in manifest.splits.items())
+    others = (
+        (len(manifest.rejects), "reject"),
+        (len(manifest.duplicates), "duplicate"),
+        (left_out_total(manifest.left_out or {}), "left out"),
+    )
+    texts = [f"{n} {word}{'' if n == 1 or word == 'left out' else 's'}" for n, word in others if n]
+    return "; ".join([splits, ", ".join(texts)] if texts else [splits])
+
+
+def describe_exclusions(manifest: Manifest, max_listed: int = 10) -> dict[str, str]:
+    """The number and first names, with reasons, of `rejects`, `duplicates` and, if recorded, `left out` files.
+
+    The text is printable; without files it is `0`.
+    """
+
+    def list_entries(entries: Sequence[str]) -> str:
+        hidden = f"; and {len(entries) - max_listed} more" if len(entries) > max_listed else ""
+        names = "; ".join(entries[:max_listed])
+        return f"{len(entries)}{f' ({names}{hidden})' if entries else ''}"
+
+    facts = {
+        "rejects": list_entries([f"{reject.name}: {reject.reason}" for reject in manifest.rejects]),
+        "duplicates": list_entries([f"{entry.name}: {entry.duplicate_of}" for entry in manifest.duplicates]),
+    }
+    if manifest.left_out is not None:
+        facts["left out"] = "; ".join(left_out_lines(manifest.left_out, max_listed)) or "0"
+    return {name: printable(text) for name, text in facts.items()}
 
 
 def content_digest(shards: Iterable[TarEntry]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -30,6 +31,18 @@ class TrainingCurves:
     """Metric -> [(step, value)]."""
     phases: Sequence[tuple[float, str]] = ()
     """(first step, name) of each phase."""
+    url: str = ""
+    """Page of the training run in MLflow, or ''."""
+
+
+@dataclass(frozen=True)
+class CurveGroup:
+    """The charts of one kind of metric, and what is not drawn because a line needs two points."""
+
+    title: str
+    charts: Sequence[tuple[str, str, Markup]]
+    """(metric, last value, SVG)"""
+    not_drawn: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,19 +51,27 @@ class ReportData:
 
     title: str
     summary: Sequence[str] = ()
+    """Sentences that say what came out, most important first."""
+    facts: Mapping[str, str] = field(default_factory=dict)
+    """The head's rows: date, recipe, source... A value may be a `link`."""
     evaluation: EvaluationResult | None = None
     grids: Sequence[Grid] = ()
     """Sample grids besides the evaluation's."""
     curves: Mapping[str, TrainingCurves] = field(default_factory=dict)
     steps: Sequence[StepNode] = ()
     versions: Sequence[Mapping[str, Any]] = ()
-    """Rows with `name`, `version` and further columns (aliases, run, score...)."""
+    """Rows with `name`, `version` and further columns (aliases, run, score...). A value may be a `link`."""
     environment: Mapping[str, Any] = field(default_factory=dict)
     """Packages and machine of the run."""
     recipe: str = ""
     """YAML."""
     photographs: Mapping[str, Any] = field(default_factory=dict)
     """The source and its counts: splits, rejected and left-out files."""
+
+
+def link(text: str, url: str) -> str:
+    """A value of the report with a link; plain text if there is no URL."""
+    return Markup('<a href="{}">{}</a>').format(url, text) if url else text
 
 
 def write_report(path: Path, data: ReportData) -> Path:
@@ -77,7 +98,7 @@ def report_html(data: ReportData) -> str:
         protocol=_flatten(evaluation.protocol.to_dict()) if evaluation else {},
         distances=_distance_rows(evaluation) if evaluation else [],
         grids=[_grid_context(grid) for grid in grids],
-        curves={name: _curve_charts(curves) for name, curves in data.curves.items()},
+        curves={name: (curves.url, curve_groups(curves)) for name, curves in data.curves.items()},
         graph=graph_svg(data.steps),
         total=format_duration(sum(step.seconds or 0.0 for step in data.steps)),
         version_columns=list(dict.fromkeys(key for row in data.versions for key in row)),
@@ -116,14 +137,34 @@ def _data_uri(image: np.ndarray) -> str:
     return "data:image/png;base64," + base64.b64encode(encode_png(image)).decode()
 
 
-def _curve_charts(curves: TrainingCurves) -> list[tuple[str, str, Any]]:
-    """[(name, last value, chart)], validation scores first, then losses by name."""
-    charts = []
-    for name in sorted(curves.metrics, key=lambda name: (not name.startswith(("val", "psnr")), name)):
-        chart = curve_svg(name, curves.metrics[name], curves.phases)
-        if chart:
-            charts.append((name, f"{curves.metrics[name][-1][1]:.4g}", chart))
-    return charts
+CURVE_GROUPS = (  # title, beginnings of the metrics' names; the first group also takes those that no other does
+    ("Losses", ("loss/",)),
+    ("Validation", ("val/", "psnr")),
+    ("Speed", ("seconds_per_step", "data_wait", "seconds_to_start", "workers")),
+    ("Data", ("data/",)),
+)
+CHECKSUMS = ("data/samples_sum",)  # curves that say nothing to the eye
+
+
+def curve_groups(curves: TrainingCurves) -> list[CurveGroup]:
+    """The charts in the order losses, validation, speed, data. A group without values is left out."""
+    members: dict[str, list[str]] = {title: [] for title, _ in CURVE_GROUPS}
+    for name in sorted(curves.metrics):
+        titles = [title for title, prefixes in CURVE_GROUPS if name.startswith(prefixes)]
+        if name not in CHECKSUMS:
+            members[titles[0] if titles else CURVE_GROUPS[0][0]].append(name)
+    groups = []
+    for title, names in members.items():
+        charts, single = [], []
+        for name in names:
+            points = [(step, value) for step, value in curves.metrics[name] if math.isfinite(value)]
+            if len(points) == 1 or (points and not any(value for _, value in points)):
+                single.append(f"{name} {points[-1][1]:.4g}")
+            elif points:
+                charts.append((name, f"{points[-1][1]:.4g}", curve_svg(name, points, curves.phases)))
+        if charts or single:
+            groups.append(CurveGroup(title, charts, ", ".join(single)))
+    return groups
 
 
 def _definitions() -> dict[str, str]:

@@ -32,7 +32,7 @@ LAYERS = (
         "pipelines.notices",
         "pipelines.renamed",
     ),
-    ("pipelines.plots", "pipelines.provenance", "pipelines.ray_tasks"),
+    ("pipelines.plots", "pipelines.provenance", "pipelines.ray_tasks", "pipelines.report_files"),
     (
         "pipelines.path_checks",
         "pipelines.errors",

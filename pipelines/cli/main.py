@@ -16,13 +16,14 @@ from pipelines.cli.cluster import add_cluster_commands
 from pipelines.cli.data import add_data, add_edges, add_shard
 from pipelines.cli.evaluate import add_evaluate, add_fill, add_import
 from pipelines.cli.models import add_models
+from pipelines.cli.report import add_report
 from pipelines.cli.runs import add_plan, add_run, add_sweep, add_train
 from pipelines.cli.status import add_status
 from pipelines.cluster.ray_address import is_ray_job
 from pipelines.renamed import renamed_option
 
 COMMANDS: tuple[Callable[[AddCommand], None], ...] = (
-    *(add_run, add_plan, add_status, add_sweep, add_train),
+    *(add_run, add_plan, add_status, add_report, add_sweep, add_train),
     *(add_shard, add_edges, add_data),
     *(add_evaluate, add_fill, add_import),
     *(add_models, add_cluster_commands),
@@ -76,6 +77,8 @@ def startup_notice(args: argparse.Namespace) -> str:
             return f"reading the recipe {args.recipe}"
         case "status", _:
             return "reading the status of the runs"
+        case "report", _:
+            return "looking for reports"
         case "shard", _:
             return f"looking for photographs in {args.source}"
         case (("edges" | "data"), _):

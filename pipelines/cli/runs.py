@@ -165,6 +165,9 @@ def _run_pipeline(
 
         print_summary(recipe, workflow, results, tracking)
     else:
+        from pipelines.cli.summary import print_photographs
+
+        print_photographs(workflow, results)
         for key, trained in results.of_kind(StepKind.TRAIN, TrainOutputs).items():
             print(f"{StepKind.TRAIN}-{key}: {workflow.storage.uri}/{trained.weights}")
     return 0
@@ -196,8 +199,10 @@ def _run_with_display(
     from data_prep.uris import redact_uri
     from pipelines.check_masks import check_recipe_masks
     from pipelines.cli.progress import ProgressDisplay, mask_reading_display
+    from pipelines.cli.reporting import photograph_notes
     from pipelines.cluster.ray_address import resolve_head
     from pipelines.cluster.session import ray_session
+    from pipelines.contracts import StepKind
     from pipelines.durable import run_status
     from pipelines.durable.runner import run_workflow
     from pipelines.durable.steps import StepEvent
@@ -231,6 +236,9 @@ def _run_with_display(
                 name = f"{event.step}/{event.substep}" if event.substep else event.step
                 display(name, event.state, event.done, event.total, event.note)
                 status_writer(event)
+                if event.kind == StepKind.SHARD and event.state == "finished":
+                    for line in photograph_notes(workflow):
+                        display(name, "note", note=line)
 
             return run_workflow(workflow.with_settings(parent_run_id=parent), on_event, leases)
 

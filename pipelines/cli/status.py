@@ -34,12 +34,10 @@ def status_command(args: argparse.Namespace) -> int:
     from pipelines.recipe.load import recipe_from_args, recipe_path
 
     if args.recipe and args.set and recipe_path(args.recipe):
-        workflow = _find_run(
-            recipe_from_args(args), only_named=all(option.startswith(NAME_OPTION) for option in args.set)
-        )
+        workflow = find_run_of_recipe(recipe_from_args(args), overrides_only_name(args))
         _print_status(workflow, run_status.load_progress(workflow.storage, workflow.name))
         return 0
-    name, storage = _parse_run_name(args)
+    name, storage = parse_run_name(args)
     runs = run_status.list_runs(storage)
     names = [run for run in runs if name is None or run in (name, f"{name}-sweep")]
     if not names:
@@ -51,7 +49,12 @@ def status_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def _find_run(recipe: Recipe, only_named: bool) -> Workflow:
+def overrides_only_name(args: argparse.Namespace) -> bool:
+    """Whether the options of --set say nothing but the run's name."""
+    return all(option.startswith(NAME_OPTION) for option in args.set)
+
+
+def find_run_of_recipe(recipe: Recipe, only_named: bool) -> Workflow:
     """The stored run with the options of this recipe. ValueError in one line if there is none.
 
     `only_named`: only the name was overridden. Then the last run of that name is shown, even if its options differ.
@@ -88,7 +91,7 @@ def _no_run_message(name: str | None, storage: Storage, runs: list[str]) -> str:
     return f"no run{f' of {name}' if name else ''} was started in {storage.uri}: {existing}"
 
 
-def _parse_run_name(args: argparse.Namespace) -> tuple[str | None, Storage]:
+def parse_run_name(args: argparse.Namespace) -> tuple[str | None, Storage]:
     """Run name and storage from the command line, also if the recipe's file does not exist on this machine."""
     from data_prep.storage import open_storage
     from pipelines.recipe import Recipe

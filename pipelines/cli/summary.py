@@ -2,59 +2,58 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_prep.manifest import count_text, load_manifest
 from data_prep.uris import path_from_sqlite_url, quote_for_shell
-from pipelines.contracts import (
-    EvaluateOutputs,
-    RegisterOutputs,
-    ShardOutputs,
-    StepKind,
-    SweepOutputs,
-    TrainOutputs,
-)
+from pipelines.cli.reporting import display_path, relative_path, store_sweep_report, write_run_report
+from pipelines.contracts import EvaluateOutputs, RegisterOutputs, ShardOutputs, StepKind, SweepOutputs
 from pipelines.evaluation.results import EvaluationResult
 from pipelines.evaluation.tables import table_text
-from pipelines.provenance import describe_environment
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from data_prep.left_out import LeftOutEntry
-    from data_prep.manifest import Manifest
-    from data_prep.storage import Storage
     from pipelines.durable.workflow import RunResults, Workflow
     from pipelines.recipe import Recipe
-    from pipelines.run_report import TrainingCurves
     from pipelines.sweeps.results import SweepResult
     from pipelines.tracking_address import Tracking
 
 
 def print_summary(recipe: Recipe, workflow: Workflow, results: RunResults, tracking: Tracking) -> None:
-    """Print scores, versions, report and suggested commands; write the report if it does not exist."""
+    """Print photographs, scores, versions, report and suggested commands; write the report if it does not exist."""
     (evaluated,) = results.of_kind(StepKind.EVALUATE, EvaluateOutputs).values()
     evaluation = EvaluationResult.load(workflow.storage.subfolder(evaluated.folder).read)
     versions = list(results.of_kind(StepKind.REGISTER, RegisterOutputs).values())
-    report = write_report_once(recipe, workflow, results, evaluation)
+    report = write_run_report(recipe, workflow, results, evaluation, tracking)
+    print()
+    print_photographs(workflow, results)
     print()
     print(table_text(evaluation))
     print()
+    for sentence in report.sentences:
+        print(sentence)
     for version in versions:
         rank = "champion" if version.champion else "candidate"
         print(f"registered models:/{version.name}/{version.version} ({rank}: {version.reason})")
-    print(f"report: {report}")
+    print(f"report: {display_path(workflow.storage, report.key)}")
     if versions:
         print("\ntry next:")
         for command in suggested_commands(recipe, workflow, versions[-1].name, tracking):
             print(f"  {command}")
+
+
+def print_photographs(workflow: Workflow, results: RunResults) -> None:
+    """Print how many photographs the splits have, and how many files were not used."""
+    (shards,) = results.of_kind(StepKind.SHARD, ShardOutputs).values()
+    print(f"photographs: {count_text(load_manifest(workflow.storage.subfolder(shards.folder)))}")
 
 
 def print_sweep_summary(workflow: Workflow, outputs: SweepOutputs) -> None:
@@ -66,7 +65,8 @@ def print_sweep_summary(workflow: Workflow, outputs: SweepOutputs) -> None:
     storage = workflow.storage
     result = SweepResult.from_json(storage.read(outputs.result))
     Console(highlight=False).print(sweep_table(result))
-    report, recipe = (_display_path(storage, key) for key in (outputs.report, outputs.best_recipe))
+    report = display_path(storage, store_sweep_report(workflow, outputs).key)
+    recipe = display_path(storage, outputs.best_recipe)
     print(f"report: {report}\nbest recipe: {recipe}\n\ntry next:\n  inpaint run {shlex.quote(recipe)}")
 
 
@@ -103,66 +103,6 @@ def _format_score(mean: float, std: float, n: int) -> str:
     return f"{mean:.3f} ± {std:.3f}" if n > 1 else f"{mean:.3f}"
 
 
-def write_report_once(
-    recipe: Recipe, workflow: Workflow, results: RunResults, evaluation: EvaluationResult
-) -> str:
-    """Write the report for the keys of these steps if it does not exist; return its path or URL."""
-    storage, steps = workflow.storage, workflow.plan()
-    digest = hashlib.sha256(json.dumps([step.key for step in steps]).encode()).hexdigest()[:8]
-    key = f"reports/{recipe.name}-{digest}.html"
-    if not storage.exists(key):
-        from data_prep.manifest import load_manifest
-        from pipelines.plots.svg import StepNode
-        from pipelines.run_report import ReportData, report_html
-
-        needs = {step.id: tuple(id.name for id in step.needs) for step in workflow.steps}
-        trained = results.of_kind(StepKind.TRAIN, TrainOutputs)
-        versions = results.of_kind(StepKind.REGISTER, RegisterOutputs).values()
-        (shards,) = results.of_kind(StepKind.SHARD, ShardOutputs).values()
-        data = ReportData(
-            title=f"inpaint: {recipe.name}",
-            recipe=recipe.to_yaml(),
-            evaluation=evaluation,
-            curves={
-                f"{StepKind.TRAIN}-{key}": load_curves(storage, outputs) for key, outputs in trained.items()
-            },
-            steps=[
-                StepNode(s.name, needs[s.id], s.seconds, s.state, s.key or "", s.id.kind, s.id.subject)
-                for s in steps
-            ],
-            versions=[
-                {"name": v.name, "version": v.version, "champion": v.champion, "reason": v.reason}
-                for v in versions
-            ],
-            environment=describe_environment(),
-            photographs=describe_photographs(load_manifest(storage.subfolder(shards.folder))),
-        )
-        storage.write(key, report_html(data).encode())
-    return _display_path(storage, key)
-
-
-def describe_photographs(manifest: Manifest, max_listed: int = 10) -> dict[str, str]:
-    """Report rows about a source: photographs per split, and the names of rejects, duplicates and left-out files."""
-    from data_prep.left_out import left_out_lines, printable
-
-    def list_entries(entries: Sequence[str]) -> str:
-        hidden = f"; and {len(entries) - max_listed} more" if len(entries) > max_listed else ""
-        names = "; ".join(entries[:max_listed])
-        return f"{len(entries)}{f' ({names}{hidden})' if entries else ''}"
-
-    facts = {
-        "source": manifest.source,
-        "photographs": ", ".join(f"{count} {split}" for split, count in manifest.splits.items()),
-        "rejects": list_entries([f"{reject.name}: {reject.reason}" for reject in manifest.rejects]),
-        "duplicates": list_entries(
-            [f"{duplicate.name}: {duplicate.duplicate_of}" for duplicate in manifest.duplicates]
-        ),
-    }
-    if manifest.left_out is not None:
-        facts["left out"] = "; ".join(left_out_lines(manifest.left_out, max_listed)) or "0"
-    return {name: printable(text) for name, text in facts.items()}
-
-
 def print_left_out(left_out: Mapping[str, LeftOutEntry]) -> None:
     from data_prep.left_out import left_out_lines
 
@@ -170,28 +110,10 @@ def print_left_out(left_out: Mapping[str, LeftOutEntry]) -> None:
         print(f"  left out of the source: {line}", flush=True)
 
 
-def _display_path(storage: Storage, key: str) -> str:
-    path = storage.local_path(key)
-    return f"{storage.uri}/{key}" if path is None else _relative_path(path)
-
-
-def load_curves(storage: Storage, trained: TrainOutputs) -> TrainingCurves:
-    """The stored curves of a training run, one line per metric."""
-    from pipelines.run_report import TrainingCurves
-    from pipelines.training.curves import read_curves
-
-    curves = read_curves(storage, trained.weights)
-    lines: dict[str, list[tuple[float, float]]] = {}
-    for step, values in curves.points:
-        for name, number in values.items():
-            lines.setdefault(name, []).append((step, number))
-    return TrainingCurves(lines, [(start, name) for name, start, _ in curves.phases])
-
-
 def suggested_commands(recipe: Recipe, workflow: Workflow, name: str, tracking: Tracking) -> list[str]:
     """Two or three commands that can be pasted in this shell; `name`: a registered model."""
     program = Path(sys.argv[0])
-    inpaint = shlex.quote(_relative_path(program.absolute())) if program.name == "inpaint" else "inpaint"
+    inpaint = shlex.quote(relative_path(program.absolute())) if program.name == "inpaint" else "inpaint"
     folder = workflow.storage.local_path()
     is_default_folder = folder is not None and folder.resolve() == Path("runs").resolve()
     is_default_tracking = (
@@ -201,14 +123,14 @@ def suggested_commands(recipe: Recipe, workflow: Workflow, name: str, tracking: 
     commands = [f"{inpaint} models show {name}@champion{tracking_option}"]
     example = write_example_files(workflow)
     if example:
-        photo, mask = (shlex.quote(_relative_path(path)) for path in example)
+        photo, mask = (shlex.quote(relative_path(path)) for path in example)
         commands.append(
             f"{inpaint} fill models:/{name}@champion {photo} {mask} --out filled.png{tracking_option}"
         )
     if path_from_sqlite_url(tracking.uri):
         is_in_venv = program.name == "inpaint" and "/" in inpaint
         mlflow = (
-            shlex.quote(_relative_path(program.absolute().with_name("mlflow"))) if is_in_venv else "mlflow"
+            shlex.quote(relative_path(program.absolute().with_name("mlflow"))) if is_in_venv else "mlflow"
         )
         commands.append(f"{mlflow} ui --backend-store-uri {quote_for_shell(tracking.uri)}")
     return commands
@@ -234,12 +156,3 @@ def write_example_files(workflow: Workflow) -> tuple[Path, Path] | None:
         for path, pixels in ((photo, photo_pixels), (mask, hole)):
             workflow.storage.write(f"example/{path.name}", cv2.imencode(".png", pixels)[1].tobytes())
     return photo, mask
-
-
-def _relative_path(path: Path) -> str:
-    """The path relative to the working directory if it is below it, as a command-line argument."""
-    try:
-        relative = str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)
-    return f"./{relative}" if relative.startswith("-") else relative  # else it would be parsed as an option

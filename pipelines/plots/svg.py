@@ -12,6 +12,10 @@ from markupsafe import Markup, escape
 
 WIDTH, HEIGHT = 320, 168
 LEFT, RIGHT, TOP, BOTTOM = 44, 8, 14, 22
+LABEL_CHAR_WIDTH, LABEL_ROW = (
+    5.9,
+    12,
+)  # upper bound of a label's width per character; height of a row of labels
 MAX_POINTS = 120
 NODE_WIDTH, NODE_HEIGHT, COLUMN_GAP, ROW_GAP = 164, 50, 44, 18
 
@@ -35,11 +39,12 @@ class StepNode:
 def curve_svg(title: str, points: Points, phases: Sequence[tuple[float, str]] = ()) -> Markup:
     """One metric over steps: a line through the means of neighbouring points, over a faint band of their range.
 
-    phases: (first step, name), marked by dotted lines. The axis is logarithmic if all values are positive and span
-    more than a factor of 100. Points that are not finite are left out.
+    phases: (first step, name), marked by dotted lines; names that would overlap are in rows above each other. The axis
+    is logarithmic if all values are positive and span more than a factor of 100. Points that are not finite are left
+    out; with fewer than two there is no chart.
     """
     finite = [(float(x), float(y)) for x, y in points if math.isfinite(y)]
-    if not finite:
+    if len(finite) < 2:
         return Markup("")
     bins = _downsample(sorted(finite))
     low, high = min(b[1] for b in bins), max(b[3] for b in bins)
@@ -51,29 +56,38 @@ def curve_svg(title: str, points: Points, phases: Sequence[tuple[float, str]] = 
     def x(step: float) -> float:
         return LEFT + (step - first) / ((last - first) or 1) * (WIDTH - LEFT - RIGHT)
 
+    ends = [*(step for step, _ in phases[1:]), math.inf]
+    shown = [
+        (x(max(step, first)), name)
+        for (step, name), end in zip(phases, ends, strict=False)
+        if step < last and end > first and len(phases) > 1
+    ]
+    labels = _place_labels(shown)
+    upper_edge = TOP + LABEL_ROW * max((row for _, row, _ in labels), default=0)
+    height = HEIGHT + upper_edge - TOP
+
     def y(value: float) -> float:
-        return HEIGHT - BOTTOM - (scale(value) - bottom) / (top - bottom) * (HEIGHT - TOP - BOTTOM)
+        return height - BOTTOM - (scale(value) - bottom) / (top - bottom) * (HEIGHT - TOP - BOTTOM)
 
     parts = [
         _svg_line(LEFT, y(tick), WIDTH - RIGHT, y(tick), "grid")
         + _svg_text(LEFT - 6, y(tick) + 3.5, _format_number(tick), "end")
         for tick in _ticks(bottom, top, log)
     ]
-    for step, name in phases:
+    for step, _ in phases:
         if first < step < last:
-            parts.append(_svg_line(x(step), TOP, x(step), HEIGHT - BOTTOM, "phase"))
-        if step < last and len(phases) > 1:
-            parts.append(_svg_text(x(max(step, first)) + 3, TOP - 4, name, "start"))
+            parts.append(_svg_line(x(step), upper_edge, x(step), height - BOTTOM, "phase"))
+    parts += [_svg_text(left, upper_edge - 4 - row * LABEL_ROW, name, "start") for left, row, name in labels]
     upper = [f"{x(s):.1f},{y(b):.1f}" for s, _, _, b in bins]
     lower = [f"{x(s):.1f},{y(a):.1f}" for s, a, _, _ in reversed(bins)]
     mean = [f"{x(s):.1f},{y(m):.1f}" for s, _, m, _ in bins]
     parts.append(Markup('<polygon class="spread" points="{}"/>').format(" ".join(upper + lower)))
     parts.append(Markup('<polyline class="curve" points="{}"/>').format(" ".join(mean)))
     parts += [
-        _svg_text(LEFT, HEIGHT - 6, _format_number(first), "start"),
-        _svg_text(WIDTH - RIGHT, HEIGHT - 6, _format_number(last), "end"),
+        _svg_text(LEFT, height - 6, _format_number(first), "start"),
+        _svg_text(WIDTH - RIGHT, height - 6, _format_number(last), "end"),
     ]
-    return _svg_image(WIDTH, HEIGHT, f"{title} over steps", parts)
+    return _svg_image(WIDTH, height, f"{title} over steps", parts)
 
 
 def graph_svg(steps: Sequence[StepNode]) -> Markup:
@@ -182,6 +196,25 @@ def _direct_needs(step: StepNode, by_name: Mapping[str, StepNode]) -> list[str]:
 
     indirect = set().union(*(upstream(need) for need in step.needs))
     return [need for need in step.needs if need in by_name and need not in indirect]
+
+
+def _place_labels(labels: Sequence[tuple[float, str]]) -> list[tuple[float, int, str]]:
+    """(left, row, text) of labels that begin at the given x: each in the lowest row in which it overlaps no other.
+
+    A label that would leave the chart at its right side is moved to the left.
+    """
+    placed: list[tuple[float, int, str]] = []
+    rows: list[list[tuple[float, float]]] = []
+    for start, text in labels:
+        width = len(text) * LABEL_CHAR_WIDTH
+        left = max(0.0, min(start + 3, WIDTH - width))
+        taken = [any(left < end and begin < left + width for begin, end in row) for row in rows]
+        row = taken.index(False) if False in taken else len(rows)
+        if row == len(rows):
+            rows.append([])
+        rows[row].append((left, left + width))
+        placed.append((left, row, text))
+    return placed
 
 
 def _downsample(points: Sequence[tuple[float, float]]) -> list[tuple[float, float, float, float]]:

@@ -15,6 +15,7 @@ from pipelines.durable.mlflow_run import with_mlflow_run
 from pipelines.durable.steps import StepContext
 from pipelines.evaluation.photographs import split_photographs
 from pipelines.evaluation.results import EvaluationResult
+from pipelines.evaluation.verdict import verdict
 from pipelines.plots.images import encode_png, sample_grid
 from pipelines.provenance import PROVENANCE_TAG, collect_provenance
 from pipelines.registry.aliases import ConcurrentPromotion, alias_state, promote
@@ -120,9 +121,10 @@ def promote_if_better(
 
     Returns whether the version is champion, and the reason. If the champion cannot be loaded or scored it stays
     champion: it may only be unreachable, and a user can promote by hand. If another version becomes champion meanwhile,
-    compares again.
+    compares again. The reason says if classical methods are better than the new champion.
     """
     name, uri = ctx.config.register_as, _tracking_uri(ctx)
+    caveat = verdict(evaluation, ctx.config.model_key, ctx.config.evaluate.metric).caveat
     for _ in range(PROMOTION_ATTEMPTS):
         state, comparison = alias_state(name, tracking_uri=uri), None
         if state.version == version:
@@ -133,6 +135,7 @@ def promote_if_better(
         if not better:
             client.set_model_version_tag(name, version, "not_champion", reason)
             return False, reason
+        reason = f"{reason}; {caveat}" if caveat else reason
         try:
             promote(
                 name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -14,7 +15,14 @@ from pipelines.evaluation.methods import baseline_methods
 from pipelines.plots.images import Grid
 from pipelines.plots.svg import StepNode, curve_svg, format_duration, graph_svg
 from pipelines.recipe import EvaluationConfig
-from pipelines.run_report import ReportData, TrainingCurves, report_html, write_report
+from pipelines.run_report import (
+    ReportData,
+    TrainingCurves,
+    curve_groups,
+    link,
+    report_html,
+    write_report,
+)
 
 VOID = {"meta", "img", "br", "wbr"}
 
@@ -52,7 +60,8 @@ def data() -> ReportData:
     )
     return ReportData(
         title="demo <1> & more",
-        summary=["A sentence."],
+        summary=["A sentence.", 'Another "one" & more.'],
+        facts={"date": "2026-11-30 15:51 UTC", "MLflow": "mlflow ui --backend-store-uri sqlite:////<db>"},
         evaluation=evaluation,
         grids=[Grid("extra", ("truth", "result"), ((photos[0][1], None),), note="A note.")],
         curves={
@@ -87,7 +96,16 @@ def test_data_is_shown_and_escaped(data):
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
     best = max(row.metrics["psnr_rgb_hole"] for row in data.evaluation.rows if row.masks == "center")
     assert f'<td class="best">{best:.2f}</td>' in page
-    for text in ("A sentence.", "A note.", "1 min 15 s", "packages.torch", "champion", "photographs_sha256"):
+    assert "<th>MLflow</th><td>mlflow ui --backend-store-uri sqlite:////&lt;db&gt;</td>" in page
+    for text in (
+        "A sentence.",
+        "2026-11-30 15:51 UTC",
+        "A note.",
+        "1 min 15 s",
+        "packages.torch",
+        "champion",
+        "photographs_sha256",
+    ):
         assert text in page
     assert "<th>left out</th><td>1 companion (._&lt;b&gt;.jpg)</td>" in page
     assert page.count("<figure>") == 1  # a metric without points has no chart
@@ -97,6 +115,52 @@ def test_empty_fields_have_no_section():
     page = report_html(ReportData("empty"))
     assert "<h2>" not in page
     assert "<h1>empty</h1>" in page
+
+
+def test_curves_are_in_the_order_losses_validation_speed():
+    line = [(0, 1.0), (10, 2.0)]
+    names = ("val/psnr_rgb_hole", "seconds_per_step", "loss/b", "data_wait", "loss/a", "data/bad_samples")
+    curves = TrainingCurves(dict.fromkeys(names, line) | {"data/samples_sum": line})
+    drawn = [(group.title, [name for name, *_ in group.charts]) for group in curve_groups(curves)]
+    assert drawn == [
+        ("Losses", ["loss/a", "loss/b"]),
+        ("Validation", ["val/psnr_rgb_hole"]),
+        ("Speed", ["data_wait", "seconds_per_step"]),
+        ("Data", ["data/bad_samples"]),
+    ]  # without the checksum
+    page = report_html(ReportData("curves", curves={"net": curves}))
+    positions = [page.index(f">{title}</h4>") for title, _ in drawn]
+    assert positions == sorted(positions)
+
+
+def test_there_are_no_empty_plots():
+    curves = TrainingCurves(
+        {
+            "loss/l1": [(0, 1.0), (10, 0.5)],
+            "loss/nan": [(0, float("nan")), (10, float("nan"))],
+            "val/psnr_rgb_hole": [],
+            "workers": [(0, 2.0)],
+            "data/bad_samples": [(0, 0.0), (10, 0.0)],
+        }
+    )
+    groups = {group.title: group for group in curve_groups(curves)}
+    assert list(groups) == ["Losses", "Speed", "Data"]
+    assert [name for name, *_ in groups["Losses"].charts] == ["loss/l1"]
+    assert (groups["Speed"].charts, groups["Speed"].not_drawn) == ([], "workers 2")
+    assert (groups["Data"].charts, groups["Data"].not_drawn) == ([], "data/bad_samples 0")
+    page = report_html(ReportData("curves", curves={"net": curves}))
+    assert page.count("<figure>") == page.count("<polyline") == 1
+    assert "because the value is zero or there is only one: workers 2." in page
+    assert curve_svg("l1", [(5, 1.0)]) == ""
+
+
+def test_links_to_mlflow_are_escaped_and_only_there_if_known():
+    curves = TrainingCurves({"loss": [(0, 1.0), (10, 2.0)]}, url="http://h:5000/#/experiments/1/runs/a")
+    versions = [{"name": "net", "version": link("3", "http://h:5000/#/models/a&b/versions/3")}]
+    page = report_html(ReportData("links", curves={"net": curves}, versions=versions))
+    assert '<a class="aside" href="http://h:5000/#/experiments/1/runs/a">in MLflow</a>' in page
+    assert '<td><a href="http://h:5000/#/models/a&amp;b/versions/3">3</a></td>' in page
+    assert link("<3>", "") == "<3>"
 
 
 def test_curves_are_drawn_to_scale():
@@ -128,6 +192,25 @@ def test_phases_are_marked_where_they_begin():
     svg = ElementTree.fromstring(curve_svg("l1", [(0, 1), (100, 2)], [(0, "edge"), (50, "joint")]))
     assert [line.get("class") for line in svg.findall("line")].count("phase") == 1
     assert {"edge", "joint"} <= {text.text for text in svg.findall("text")}
+
+
+@pytest.mark.parametrize("starts", [(0, 50, 60, 70), (0, 1, 2, 3), (0, 97, 98, 99), (0, 25, 50, 75)], ids=str)
+def test_names_of_phases_do_not_overlap(starts):
+    names = ("edge", "inpaint_canny", "inpaint", "joint")
+    phases = list(zip(starts, names, strict=True))
+    svg = ElementTree.fromstring(curve_svg("l1", [(0, 1), (100, 2)], phases))
+    _, _, width, height = map(float, svg.get("viewBox").split())
+    boxes = []
+    for text in svg.findall("text"):
+        if text.text in names:
+            x, y = float(text.get("x")), float(text.get("y"))
+            boxes.append((x, y - 10, x + 5.6 * len(text.text), y))  # a wide font of 10.5 pixels
+    assert len(boxes) == 4
+    for left, top, right, bottom in boxes:
+        assert 0 <= left < right <= width
+        assert 0 <= top < bottom <= height
+    for a, b in itertools.combinations(boxes, 2):
+        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1], (a, b)
 
 
 def test_the_graph_places_steps_right_of_their_inputs():

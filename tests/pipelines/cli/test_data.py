@@ -16,14 +16,14 @@ from PIL import Image
 
 from data_prep.edge_maps import write_edge_manifest, write_edge_tars
 from data_prep.left_out import LeftOut, LeftOutEntry
-from data_prep.manifest import MANIFEST_VERSION, Duplicate, Manifest, Reject, load_manifest
+from data_prep.manifest import MANIFEST_VERSION, Duplicate, Manifest, Reject, count_text, load_manifest
 from data_prep.preprocess import ShardOptions
 from data_prep.shards import merge_partitions, plan_shards, write_partition
 from data_prep.sources import bundled_photo, open_source
 from data_prep.storage import open_storage
 from data_prep.tars import read_index
 from pipelines.cli.data import parse_mask_spec
-from pipelines.cli.summary import describe_photographs
+from pipelines.cli.reporting import describe_photographs
 from pipelines.data.check import rebuild_tars
 
 Run = Callable[..., tuple[int, str, str]]
@@ -93,6 +93,8 @@ def test_photographs_are_described_with_printable_names() -> None:
     assert facts["duplicates"] == "1 (b.jpg: a.jpg)"
     assert facts["left out"] == "2 companions (._a.jpg, ._b.jpg)"
     assert "".join(facts.values()).encode().isascii()
+    assert count_text(manifest) == "3 train, 1 val, 0 test; 12 rejects, 1 duplicate, 2 left out"
+    assert count_text(replace(manifest, rejects=(), duplicates=(), left_out=None)) == "3 train, 1 val, 0 test"
     assert describe_photographs(replace(manifest, left_out={}))["left out"] == "0"
     old_manifest = replace(manifest, left_out=None)  # from before left-out files were recorded
     assert "left out" not in describe_photographs(old_manifest)
