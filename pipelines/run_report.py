@@ -37,12 +37,11 @@ class TrainingCurves:
 
 @dataclass(frozen=True)
 class CurveGroup:
-    """The charts of one kind of metric, and what is not drawn because a line needs two points."""
+    """The charts of one kind of metric."""
 
     title: str
     charts: Sequence[tuple[str, str, Markup]]
     """(metric, last value, SVG)"""
-    not_drawn: str = ""
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def report_html(data: ReportData) -> str:
         protocol=_flatten(evaluation.protocol.to_dict()) if evaluation else {},
         distances=_distance_rows(evaluation) if evaluation else [],
         grids=[_grid_context(grid) for grid in grids],
-        curves={name: (curves.url, curve_groups(curves)) for name, curves in data.curves.items()},
+        curves={name: (curves.url, *curve_groups(curves)) for name, curves in data.curves.items()},
         graph=graph_svg(data.steps),
         total=format_duration(sum(step.seconds or 0.0 for step in data.steps)),
         version_columns=list(dict.fromkeys(key for row in data.versions for key in row)),
@@ -146,25 +145,28 @@ CURVE_GROUPS = (  # title, beginnings of the metrics' names; the first group als
 CHECKSUMS = ("data/samples_sum",)  # curves that say nothing to the eye
 
 
-def curve_groups(curves: TrainingCurves) -> list[CurveGroup]:
-    """The charts in the order losses, validation, speed, data. A group without values is left out."""
+def curve_groups(curves: TrainingCurves) -> tuple[list[CurveGroup], list[str]]:
+    """The charts in the order losses, validation, speed, data; and what is not drawn, as `workers 2`.
+
+    A line needs two points, and one that is 0 throughout says no more than a word. A group without charts is left out.
+    """
     members: dict[str, list[str]] = {title: [] for title, _ in CURVE_GROUPS}
     for name in sorted(curves.metrics):
         titles = [title for title, prefixes in CURVE_GROUPS if name.startswith(prefixes)]
         if name not in CHECKSUMS:
             members[titles[0] if titles else CURVE_GROUPS[0][0]].append(name)
-    groups = []
+    groups, not_drawn = [], []
     for title, names in members.items():
-        charts, single = [], []
+        charts = []
         for name in names:
             points = [(step, value) for step, value in curves.metrics[name] if math.isfinite(value)]
             if len(points) == 1 or (points and not any(value for _, value in points)):
-                single.append(f"{name} {points[-1][1]:.4g}")
+                not_drawn.append(f"{name} {points[-1][1]:.4g}")
             elif points:
                 charts.append((name, f"{points[-1][1]:.4g}", curve_svg(name, points, curves.phases)))
-        if charts or single:
-            groups.append(CurveGroup(title, charts, ", ".join(single)))
-    return groups
+        if charts:
+            groups.append(CurveGroup(title, charts))
+    return groups, not_drawn
 
 
 def _definitions() -> dict[str, str]:

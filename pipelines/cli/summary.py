@@ -65,8 +65,10 @@ def print_sweep_summary(workflow: Workflow, outputs: SweepOutputs) -> None:
     storage = workflow.storage
     result = SweepResult.from_json(storage.read(outputs.result))
     Console(highlight=False).print(sweep_table(result))
-    report = display_path(storage, store_sweep_report(workflow, outputs).key)
-    recipe = display_path(storage, outputs.best_recipe)
+    stored = store_sweep_report(workflow, outputs)
+    report, recipe = (display_path(storage, key) for key in (stored.key, outputs.best_recipe))
+    for sentence in stored.sentences:
+        print(sentence)
     print(f"report: {report}\nbest recipe: {recipe}\n\ntry next:\n  inpaint run {shlex.quote(recipe)}")
 
 

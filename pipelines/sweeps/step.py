@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from data_prep.storage import Storage
+from data_prep.uris import path_from_sqlite_url, quote_for_shell
 from pipelines.contracts import RunSettings, SweepConfig, SweepInputs, SweepOutputs
 from pipelines.durable.mlflow_run import with_mlflow_run
 from pipelines.durable.steps import StepContext
@@ -14,6 +16,7 @@ from pipelines.durable.task import ProgressReporter
 from pipelines.provenance import code_version
 from pipelines.recipe import Recipe
 from pipelines.recipe.load import parse_recipe
+from pipelines.report_files import format_date
 from pipelines.sweeps.results import SweepResult, best_recipe_file, format_values
 from pipelines.sweeps.space import (
     best_recipe,
@@ -27,6 +30,7 @@ from pipelines.sweeps.trial import SweepContext
 from pipelines.sweeps.trial_store import TrialStore, trial_store_folder
 from pipelines.sweeps.tuner import TUNE_FOLDER, TrialCallback, tune_trials
 from pipelines.tracking import runs
+from pipelines.tracking.pages import run_page
 from pipelines.training.ray_filesystem import ray_storage_location
 
 if TYPE_CHECKING:
@@ -59,7 +63,7 @@ def sweep(
     ctx.storage.delete_tree(f"{ctx.attempt_folder}/{TUNE_FOLDER}")
     callback.end_mlflow_runs()
     callback.end_replaced_runs()
-    result = _sweep_result(ctx, recipe, store, context)
+    result = _sweep_result(ctx, recipe, store, context, client, run_id)
     output = ctx.storage.subfolder(ctx.attempt_folder)
     output.write(RESULT_FILE, result.to_json().encode())
     names = [RESULT_FILE, *_write_report(ctx, recipe, result, output)]
@@ -112,11 +116,22 @@ def _expected_trials(recipe: Recipe) -> int:
 
 
 def _sweep_result(
-    ctx: SweepStepContext, recipe: Recipe, store: TrialStore, context: SweepContext
+    ctx: SweepStepContext,
+    recipe: Recipe,
+    store: TrialStore,
+    context: SweepContext,
+    client: MlflowClient | None,
+    run_id: str,
 ) -> SweepResult:
     sweep, code = sweep_section(recipe), code_version()
-    baselines = ctx.inputs.baselines
+    baselines, shards = ctx.inputs.baselines, ctx.inputs.shards
+    splits = ", ".join(f"{count} {split}" for split, count in shards.splits.items())
     about = {
+        "date": format_date(datetime.now(UTC)),
+        "source": recipe.data.source,
+        "photographs": splits + (f"; {shards.rejects} rejected" if shards.rejects else ""),
+        "storage": ctx.storage.uri,
+        "MLflow": _mlflow_page(ctx, client, run_id),
         "search": sweep.search,
         "scheduler": sweep.scheduler,
         "minutes": f"{store.total_seconds / 60:.0f}",
@@ -139,6 +154,16 @@ def _sweep_result(
         photographs=baselines.photo_count,
         about={key: value for key, value in about.items() if value},
     )
+
+
+def _mlflow_page(ctx: SweepStepContext, client: MlflowClient | None, run_id: str) -> str:
+    """The page of the sweep's run on an MLflow server, for a database the command that shows it; '' without MLflow."""
+    if client is None or ctx.settings.tracking is None:
+        return ""
+    uri = ctx.settings.tracking.uri
+    if path_from_sqlite_url(uri):
+        return f"mlflow ui --backend-store-uri {quote_for_shell(uri)}"
+    return run_page(uri, client.get_run(run_id).info.experiment_id, run_id)
 
 
 def _write_report(ctx: SweepStepContext, recipe: Recipe, result: SweepResult, output: Storage) -> list[str]:

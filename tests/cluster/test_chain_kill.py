@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -109,6 +110,15 @@ def test_a_second_run_is_cached_and_starts_no_ray(finished: FinishedDemo) -> Non
     for text in (run.output, report.read_text()):
         assert "2 companions (.DS_Store, ._a b 0.png)" in text
         assert "1 repeated folder (loop/: the same folder as the source itself)" in text
+    counts = ", ".join(f"{count} {split}" for split, count in shards["splits"].items())
+    for text in (run.output, report.read_text()):
+        assert f"{counts}; 4 rejects, " in text
+        assert "empty.jpg: empty file" in text
+        # few photographs and a few steps of training
+        assert re.search(
+            r"context_encoder version 1: \d+\.\d\d dB in the hole, .+ best classical method", text
+        )
+    assert re.fullmatch(r"demo-\d{8}T\d{6}Z-[0-9a-f]{8}\.html", report.name)
     rejects = {reject["name"]: reject["reason"] for reject in shards["rejects"]}
     assert set(rejects) == {"truncated.png", "empty.jpg", "notes.txt", "dot.png"}
     manifests, points = run.manifests(), run.query_mlflow("select count(*) from metrics")
@@ -119,6 +129,9 @@ def test_a_second_run_is_cached_and_starts_no_ray(finished: FinishedDemo) -> Non
     assert run.finish(driver) == 0
     assert "all steps are cached" in run.output
     assert "PSNR" in run.output
+    assert f"photographs: {counts}; 4 rejects, " in run.output
+    assert "context_encoder version 1: " in run.output, "read from the report, which is not written again"
+    assert [*run.storage.glob("reports/*")] == [report]
     assert started_processes == set()
     assert run.manifests() == manifests
     assert run.query_mlflow("select count(*) from metrics") == points

@@ -145,7 +145,12 @@ def test_a_shipped_sweep_resumes_after_a_kill_and_registers_a_version(
     best = load_recipe(str(folder / "edge_connect-sigma-best.yaml"))
     assert best.sweep is None
     assert best.edges.sigma == (sweep.best_group.values["edges.sigma"],)
-    assert (folder / "sweep.html").stat().st_size > 10_000
+    page = (folder / "sweep.html").read_bytes()
+    assert len(page) > 10_000
+    (report,) = run.storage.glob("reports/edge_connect-sigma-sweep-*.html")
+    assert report.read_bytes() == page
+    assert f"report: runs/reports/{report.name}" in run.output
+    assert "the best untrained method" in run.output
     notebook = "\n".join(execute("reading-a-sweep", run.folder))
     assert "3 trials of edge_connect-canny" in notebook
     assert failed.reason in notebook

@@ -14,6 +14,7 @@ from pipelines.evaluation.tables import Cell
 from pipelines.sweeps.report.figures import Picture, draw_pictures, sweep_pictures
 from pipelines.sweeps.report.statistics import format_value, label_axes
 from pipelines.sweeps.report.text import (
+    baseline_sentences,
     better_direction,
     changed_values,
     metric_title,
@@ -26,6 +27,7 @@ from pipelines.sweeps.results import SweepResult, best_recipe_file
 
 __all__ = ["sweep_html", "sweep_markdown", "sweep_pictures", "sweep_table"]
 
+HEAD_FACTS = ("date", "source", "photographs", "commit", "minutes", "storage", "MLflow")  # below the title
 MAX_VISIBLE_ROWS = 40  # rows and list items that the page shows without a click
 
 
@@ -66,6 +68,7 @@ def sweep_html(
     evaluations: trial number -> its evaluation, for the strips; may lack trials. best_recipe_yaml: the recipe with the
     best values; empty if there is none.
     """
+    headline = headline_sentences(result)
     environment = Environment(
         loader=PackageLoader("pipelines"),
         autoescape=True,
@@ -75,7 +78,8 @@ def sweep_html(
     )
     return environment.get_template("sweep.html").render(
         title=report_title(result),
-        sentences=summary_sentences(result),
+        headline=headline,
+        sentences=[sentence for sentence in summary_sentences(result) if sentence not in headline],
         pictures=[(picture, _data_uri(picture)) for picture in draw_pictures(result, evaluations)],
         table=sweep_table(result),
         caption=table_caption(result),
@@ -86,9 +90,15 @@ def sweep_html(
         recipe_file=best_recipe_file(result.name),
         command=f"inpaint run {shlex.quote(best_recipe_file(result.name))}",
         fields={path: _format_domain(spec) for path, spec in result.fields.items()},
-        facts=_run_facts(result),
+        head={name: result.about[name] for name in HEAD_FACTS if name in result.about},
+        facts={name: value for name, value in _run_facts(result).items() if name not in HEAD_FACTS},
         max_rows=MAX_VISIBLE_ROWS,
     )
+
+
+def headline_sentences(result: SweepResult) -> list[str]:
+    """The best setting, and how it compares with the best untrained method in the metric that decides."""
+    return [summary_sentences(result)[0], *list(baseline_sentences(result))[:1]]
 
 
 def report_title(result: SweepResult) -> str:

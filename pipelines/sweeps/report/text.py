@@ -40,7 +40,7 @@ def summary_sentences(result: SweepResult) -> list[str]:
     axes = label_axes(result)
     sentences = [
         *_best_sentences(result, axes),
-        *_baseline_sentences(result),
+        *baseline_sentences(result),
         *_second_metric_sentences(result, axes),
     ]
     for metric in result.metrics[:2]:
@@ -167,7 +167,7 @@ def _second_metric_sentences(result: SweepResult, axes: Sequence[Axis]) -> Itera
         )
 
 
-def _baseline_sentences(result: SweepResult) -> Iterator[str]:
+def baseline_sentences(result: SweepResult) -> Iterator[str]:
     """The best setting compared with the best classical method."""
     best = result.best_group
     for metric in result.metrics[:2]:
