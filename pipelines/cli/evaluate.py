@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -211,9 +212,11 @@ def score_models(
     from pipelines.evaluation.methods import InpaintingMethod, baseline_methods
     from pipelines.evaluation.photographs import load_photographs
     from pipelines.evaluation.tables import table_markdown, table_text
+    from pipelines.evaluation.verdict import verdict
     from pipelines.plots.images import encode_png, sample_grid
     from pipelines.recipe import EvaluationConfig
     from pipelines.registry.loaded_model import LoadedModelMethod, largest_training_size
+    from pipelines.report_files import format_date
     from pipelines.run_report import ReportData, write_report
 
     with mask_reading_display() as on_masks:
@@ -230,13 +233,19 @@ def score_models(
     with scoring_display() as on_progress:
         evaluation = run_evaluation(methods, photos, config, progress=on_progress)
     print(table_text(evaluation))
+    verdicts = [verdict(evaluation, key, config.metric).sentence() for key in models if with_baselines]
+    if verdicts:
+        print("", *verdicts, sep="\n")
     if out:
         out.mkdir(parents=True, exist_ok=True)
         evaluation.save(lambda key, data: _write_file(out / key, data))
         (out / "table.md").write_text(table_markdown(evaluation), encoding="utf-8")
         for grid in evaluation.sample_grids():
             (out / f"{grid.title}.png".replace(" ", "-")).write_bytes(encode_png(sample_grid(grid)))
-        print(f"report: {write_report(out / 'report.html', ReportData('Evaluation', evaluation=evaluation))}")
+        date = format_date(datetime.now(UTC))
+        facts = {"date": date, "source": images, "photographs": str(len(evaluation.photos))}
+        data = ReportData("Evaluation", summary=verdicts, facts=facts, evaluation=evaluation)
+        print(f"report: {write_report(out / 'report.html', data)}")
     return evaluation
 
 

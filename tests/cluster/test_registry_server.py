@@ -13,8 +13,10 @@ from mlflow import MlflowClient
 
 from pipelines import registry
 from pipelines.cli.main import main
+from pipelines.cli.reporting import find_experiment
 from pipelines.registry import RegistryError, aliases
 from pipelines.registry.alias_moves import alias_history
+from pipelines.tracking_address import Tracking
 from support.cluster_harness import clean_environment, kill_processes, process_tree
 from support.mlflow_server import ADMIN, AS_ADMIN, MlflowServer, acting_as
 
@@ -55,6 +57,18 @@ def inpaint(
         return int(end.value.code or 0), output.out + output.err
 
     return call
+
+
+def test_a_report_finds_the_pages_of_its_runs(server: MlflowServer) -> None:
+    tracking = Tracking(server.uri, "test")
+    with acting_as(AS_ADMIN):
+        client = MlflowClient(server.uri, registry_uri=server.uri)
+        run = client.get_model_version("encoder", "1").run_id
+        assert run
+        experiment = client.get_run(run).info.experiment_id
+        assert find_experiment(tracking, ["", run]) == experiment
+        assert find_experiment(tracking, ["0" * 32]) == "", "a deleted run"
+    assert find_experiment(Tracking("sqlite:////x/mlflow.db", "test"), [run]) == ""
 
 
 def test_the_commands_work_on_a_server(inpaint: Callable[..., tuple[int, str]]) -> None:
