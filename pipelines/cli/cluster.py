@@ -1,4 +1,4 @@
-"""The commands `inpaint submit`, `cluster` and `services`."""
+"""The commands `inpaint submit` and `cluster`."""
 
 from __future__ import annotations
 
@@ -6,18 +6,17 @@ import argparse
 import os
 import shlex
 import sys
-from pathlib import Path
 
 from data_prep.uris import is_s3_uri
 from pipelines.cli.arguments import RECIPE_HELP, AddCommand, positive_int
-from pipelines.cli.arguments import port_number as port_number
+
+DEFAULT_NODES = 3
 
 
 def add_cluster_commands(add: AddCommand) -> None:
-    """Add submit, cluster and services."""
+    """Add submit and cluster."""
     _add_submit(add)
     _add_cluster(add)
-    _add_services(add)
 
 
 def _add_submit(add: AddCommand) -> None:
@@ -71,7 +70,11 @@ def _add_cluster(add: AddCommand) -> None:
     up.description = (up.description or "") + (
         " Its jobs get\nthis command's environment: set the AWS and MLflow variables first."
     )
-    up.add_argument("--nodes", type=positive_int, default=3, help="(%(default)s)")
+    up.add_argument(
+        "--nodes",
+        type=positive_int,
+        help=f"({DEFAULT_NODES}); a cluster that is up gets more nodes, not fewer",
+    )
     up.add_argument("--cpus-per-node", type=positive_int, default=1, help="(%(default)s)")
     action("down", "stop the processes that `up` started, and no others", "down")
     action("status", "show which nodes are alive; exit status 0 if all are", "status")
@@ -93,58 +96,6 @@ def _add_cluster(add: AddCommand) -> None:
     )
     leave.add_argument(
         "--wait", action="store_true", help="return when no work is left on this node, or after --seconds"
-    )
-
-
-def _add_services(add: AddCommand) -> None:
-    services = add("services", "run the MLflow or S3 server that a cluster needs", "services mlflow")
-    services.set_defaults(run="pipelines.cli.cluster:services_command")
-    actions = services.add_subparsers(dest="action", metavar="ACTION", required=True)
-
-    def action(name: str, text: str, port: int) -> argparse.ArgumentParser:
-        command = add(name, text, f"services {name} --folder {name}", actions)
-        command.add_argument(
-            "--folder", metavar="DIR", default=name, help="folder for all its data (%(default)s)"
-        )
-        command.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-        command.add_argument("--port", type=port_number, default=port, help="(%(default)s)")
-        command.add_argument(
-            "--from-environment",
-            action="store_true",
-            help="read the secrets from environment variables (for containers)",
-        )
-        return command
-
-    mlflow = action(
-        "mlflow",
-        "run an MLflow server with user accounts, until Ctrl-C",
-        5000,
-    )
-    mlflow.description = (
-        (mlflow.description or "")
-        + """ It also serves the artifacts.
-The administrator's password is generated and stored, with the URI, in DIR/mlflow.env (mode 600): source that file.
-To choose it, write MLFLOW_TRACKING_PASSWORD='...' into that file before the first start;
-the environment variable is only read with --from-environment."""
-    )
-    mlflow.add_argument(
-        "--backend-store-uri", metavar="URI", help="database (default: an SQLite file in the folder)"
-    )
-    mlflow.add_argument(
-        "--artifacts-destination",
-        metavar="URI",
-        help="where to store artifacts, such as s3://bucket/prefix (default: the folder)",
-    )
-    mlflow.add_argument(
-        "--allowed-hosts", metavar="HOST:PORT,...", help="host names to accept (default: MLflow's)"
-    )
-    s3 = action("s3", "run an S3 server on a folder (JuiceFS gateway), until Ctrl-C", 9000)
-    s3.description = (
-        (s3.description or "")
-        + """ The bucket is s3://inpaint.
-Its keys are generated and stored, with the URL, in DIR/s3.env (mode 600): source that file.
-To choose them, write AWS_ACCESS_KEY_ID='...' and AWS_SECRET_ACCESS_KEY='...' into that file before a start;
-the environment variables are only read with --from-environment."""
     )
 
 
@@ -205,26 +156,26 @@ def _up(args: argparse.Namespace) -> int:
     from pipelines.cli.progress import ProgressDisplay
     from pipelines.cluster import local_cluster
 
-    with local_cluster.locked(args.name):
+    name = _name_option(args)
+    with local_cluster.locked(args.name), ProgressDisplay() as display:
+
+        def progress(ready: int, total: int) -> None:
+            display("cluster", "running", ready, total, "nodes")
+
         cluster = local_cluster.load(args.name)
         if cluster is not None and cluster.is_running:
-            missing = cluster.target_nodes - sum(node.is_alive for node in cluster.nodes)
-            if missing:
-                local_cluster.start_missing_nodes(cluster)
-            restarted = f", {missing} of them started again" if missing else ""
-            print(f"cluster {cluster.name} is up already, with {cluster.target_nodes} nodes{restarted}")
+            started = local_cluster.repair(cluster, args.nodes, progress)
+            changes = f", {started} of them started now" if started else ""
+            print(f"cluster {cluster.name} is up already, with {cluster.target_nodes} nodes{changes}")
+            if args.nodes and args.nodes < cluster.target_nodes:
+                print(f"note: for fewer nodes, end it first: inpaint cluster down{name}", file=sys.stderr)
         else:
             if cluster is not None:
                 local_cluster.stop(cluster)  # its head has died
-            with ProgressDisplay() as display:
-                display("cluster", "running", 0, args.nodes, "nodes")
-                cluster = local_cluster.start(
-                    args.name,
-                    args.nodes,
-                    args.cpus_per_node,
-                    lambda ready, total: display("cluster", "running", ready, total, "nodes"),
-                )
-                display("cluster", "finished", note=f"{args.nodes} nodes of {args.cpus_per_node} CPUs")
+            nodes = args.nodes or DEFAULT_NODES
+            progress(0, nodes)
+            cluster = local_cluster.start(args.name, nodes, args.cpus_per_node, progress)
+            display("cluster", "finished", note=f"{nodes} nodes of {args.cpus_per_node} CPUs")
     print(
         f"dashboard and Jobs API: {cluster.jobs_url}\ntoken: {cluster.token_file} (readable only by you)\nnext:"
     )
@@ -237,9 +188,13 @@ def _up(args: argparse.Namespace) -> int:
         print(f"  export {key}={value}")
     print("  ray job submit --working-dir . -- inpaint run demo --storage /tmp/runs")
     print(f"or run on it from this machine: RAY_ADDRESS={cluster.address} inpaint run demo")
-    name = "" if args.name == "local" else f" --name {args.name}"
     print(f"stop it: inpaint cluster down{name}")
     return 0
+
+
+def _name_option(args: argparse.Namespace) -> str:
+    """The option that names the cluster in another command; '' for the default name."""
+    return "" if args.name == "local" else f" --name {args.name}"
 
 
 def _down(args: argparse.Namespace) -> int:
@@ -263,17 +218,25 @@ def _status(args: argparse.Namespace) -> int:
     if cluster is None:
         print(f"cluster {args.name} is not up; inpaint cluster up starts it")
         return 1
+    states = cluster.node_states()
     rows = [
-        {"node": node.name, "state": "alive" if node.is_alive else "dead", "process": str(node.pid)}
-        for node in cluster.nodes
+        {
+            "node": state.node.name,
+            "state": state.state,
+            "process": str(state.node.pid),
+            "CPUs": f"{state.cpus:g}",
+        }
+        for state in states
     ]
     print("\n".join(format_table(rows)))
-    alive_count = cluster.alive_count() if cluster.is_running else 0
-    print(
-        f"the head at {cluster.jobs_url} counts {alive_count} of {cluster.target_nodes} nodes; "
-        f"token: {cluster.token_file}"
-    )
-    return 0 if alive_count == cluster.target_nodes and all(node.is_alive for node in cluster.nodes) else 1
+    alive = sum(state.state == "alive" for state in states)
+    cpus = sum(state.cpus for state in states)
+    what = "the others" if cluster.is_running else "the cluster, whose head has died,"
+    up = f"inpaint cluster up{_name_option(args)}"
+    remedy = "" if alive == cluster.target_nodes else f"; {up} starts {what} again"
+    print(f"{alive} of {cluster.target_nodes} nodes are alive, with {cpus:g} CPUs{remedy}")
+    print(f"dashboard and Jobs API: {cluster.jobs_url}; token: {cluster.token_file}")
+    return 0 if alive == cluster.target_nodes else 1
 
 
 def _leave(args: argparse.Namespace) -> int:
@@ -281,24 +244,4 @@ def _leave(args: argparse.Namespace) -> int:
 
     drained = drain_local_nodes(args.seconds, args.address, args.wait)
     print(f"announced: {drained} node(s) on this machine will shut down within {args.seconds} s")
-    return 0
-
-
-def services_command(args: argparse.Namespace) -> int:
-    """Replace this process by the server: does not return."""
-    from pipelines.cluster import services as services
-
-    folder = Path(args.folder).resolve()
-    if args.action == "mlflow":
-        services.serve_mlflow(
-            folder,
-            args.port,
-            args.backend_store_uri,
-            args.artifacts_destination,
-            args.host,
-            args.allowed_hosts,
-            args.from_environment,
-        )
-    else:
-        services.serve_s3(folder, args.port, args.host, args.from_environment)
     return 0

@@ -18,6 +18,7 @@ from pipelines.cli.evaluate import add_evaluate, add_fill, add_import
 from pipelines.cli.models import add_models
 from pipelines.cli.report import add_report
 from pipelines.cli.runs import add_plan, add_run, add_sweep, add_train
+from pipelines.cli.services import add_services
 from pipelines.cli.status import add_status
 from pipelines.cluster.ray_address import is_ray_job
 from pipelines.renamed import renamed_option
@@ -26,7 +27,7 @@ COMMANDS: tuple[Callable[[AddCommand], None], ...] = (
     *(add_run, add_plan, add_status, add_report, add_sweep, add_train),
     *(add_shard, add_edges, add_data),
     *(add_evaluate, add_fill, add_import),
-    *(add_models, add_cluster_commands),
+    *(add_models, add_cluster_commands, add_services),
 )
 """Functions that add the commands, in the order of --help."""
 
@@ -93,6 +94,8 @@ def startup_notice(args: argparse.Namespace) -> str:
             return f"looking up the job {args.attach}" if args.attach else f"preparing a job of {args.recipe}"
         case "masks", _:
             return "drawing masks"
+        case "services", ("status" | "stop"):
+            return "looking for servers"
         case "services", server:
             return f"starting the {server} server"
         case "models", _:

@@ -1,4 +1,7 @@
-"""Folders for Ray's files, short enough for its sockets: a socket's path has at most 107 bytes, most of them Ray's."""
+"""Folders for the state of clusters and services, and for Ray's files, short enough for its sockets.
+
+A socket's path has at most 107 bytes, most of them Ray's.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,12 @@ SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 class FolderError(RuntimeError):
     """No usable folder for Ray's files; one line with the remedy."""
+
+
+def state_folder(kind: str) -> Path:
+    """The folder for the state of what this user runs: `clusters` or `services`. It need not exist."""
+    root = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(root) / "inpaint" / kind
 
 
 def private_ray_folder() -> tuple[str, str]:

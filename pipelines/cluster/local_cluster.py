@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import itertools
-import json
 import os
 import re
 import secrets
@@ -14,159 +13,31 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from data_prep.network import bypass_proxy_for_loopback
 from pipelines import notices
 from pipelines.cluster import loopback, session
+from pipelines.cluster.cluster_state import PROCESS_MARK, Node, state_folder
+from pipelines.cluster.cluster_state import LocalCluster as LocalCluster
+from pipelines.cluster.cluster_state import find_by_address as find_by_address
+from pipelines.cluster.cluster_state import load as load
 from pipelines.cluster.folders import cluster_folder, forkserver_variables
 from pipelines.cluster.services import write_private_file
 
 START_SECONDS = 90.0  # for a cluster to start
+SETTLE_SECONDS = 10.0  # for nodes that end or join
 GRACE_SECONDS = 8.0  # for its processes to end before they are killed
 OBJECT_STORE_BYTES = 256 * 2**20  # per node: all nodes share one machine's memory
 HEALTH_ENV_VARS = {"RAY_health_check_period_ms": "1000"}  # a dead node is detected after 5 s instead of 15
-PROCESS_MARK = "INPAINT_CLUSTER"  # variable in the environment of every process that descends from a node
 
 
 class ClusterError(RuntimeError):
     """A local cluster that cannot be started or stopped; one line."""
-
-
-_STORED = {
-    "started_at": "began",
-    "ray_folder": "temporary",
-    "dashboard_port": "dashboard",
-    "target_nodes": "wanted",
-    "cpus_per_node": "cpus",
-}
-"""field of Node or LocalCluster -> its key in cluster.json"""
-
-
-@dataclass(frozen=True)
-class Node:
-    """One process `ray start --block`: its id, and its start time, as process ids are reused."""
-
-    name: str
-    pid: int
-    started_at: float
-
-    @property
-    def is_alive(self) -> bool:
-        with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(self.pid)
-            return process.create_time() == self.started_at and process.status() != psutil.STATUS_ZOMBIE
-        return False
-
-
-@dataclass
-class LocalCluster:
-    """The state of a cluster, stored in `folder`/cluster.json before its first process starts."""
-
-    name: str
-    folder: Path
-    ray_folder: Path  # Ray's files; a short path, as sockets' paths have at most 107 bytes
-    port: int  # of the head node
-    dashboard_port: int  # of the dashboard and the Jobs API
-    nodes: list[Node]
-    target_nodes: int
-    cpus_per_node: int
-
-    @property
-    def address(self) -> str:
-        return f"{loopback.LOOPBACK}:{self.port}"
-
-    @property
-    def jobs_url(self) -> str:
-        return f"http://{loopback.LOOPBACK}:{self.dashboard_port}"
-
-    @property
-    def token_file(self) -> Path:
-        return self.folder / "token"
-
-    @property
-    def is_running(self) -> bool:
-        return bool(self.nodes) and self.nodes[0].is_alive
-
-    def processes(self) -> list[psutil.Process]:
-        """All processes that descend from a node, also those whose parents have ended."""
-        processes = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error, OSError):
-                if process.environ().get(PROCESS_MARK) == str(self.ray_folder):
-                    processes.append(process)
-        return processes
-
-    def alive_count(self) -> int:
-        """The number of alive nodes according to the head."""
-        return len(self.alive_nodes())
-
-    def alive_nodes(self) -> list[dict[str, Any]]:
-        """The head's entries of its alive nodes (nodeName, nodeId...); empty if it does not answer."""
-        bypass_proxy_for_loopback()
-        request = urllib.request.Request(
-            f"{self.jobs_url}/nodes?view=summary",
-            headers={"Authorization": f"Bearer {self.token_file.read_text()}"},
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=5) as response:
-                raylets = [node["raylet"] for node in json.load(response)["data"]["summary"]]
-        except (OSError, ValueError, KeyError):
-            return []
-        return [raylet for raylet in raylets if raylet.get("state") == "ALIVE"]
-
-    def save(self) -> None:
-        values = asdict(self) | {"folder": str(self.folder), "ray_folder": str(self.ray_folder)}
-        values["nodes"] = [_stored(node) for node in values["nodes"]]
-        (self.folder / "cluster.tmp").write_text(json.dumps(_stored(values), indent=1))
-        os.replace(self.folder / "cluster.tmp", self.folder / "cluster.json")
-
-
-def _stored(values: dict[str, Any]) -> dict[str, Any]:
-    return {_STORED.get(field, field): value for field, value in values.items()}
-
-
-def _from_stored(stored: dict[str, Any]) -> dict[str, Any]:
-    fields = {key: field for field, key in _STORED.items()}
-    return {fields.get(key, key): value for key, value in stored.items()}
-
-
-def state_folder() -> Path:
-    root = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(root) / "inpaint" / "clusters"
-
-
-def load(name: str) -> LocalCluster | None:
-    """The cluster of this name, running or not; None if there is none."""
-    try:
-        stored = json.loads((state_folder() / name / "cluster.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    values = _from_stored(stored)
-    values["nodes"] = [Node(**_from_stored(node)) for node in values["nodes"]]
-    values |= {name: Path(values[name]) for name in ("folder", "ray_folder")}
-    return LocalCluster(**values)
-
-
-def find_by_address(jobs_url: str) -> LocalCluster | None:
-    """The running cluster of this machine whose Jobs API has this URL; None if there is none."""
-    for path in sorted(state_folder().glob("*/cluster.json")):
-        cluster = load(path.parent.name)
-        if (
-            cluster
-            and cluster.is_running
-            and cluster.jobs_url == jobs_url.rstrip("/").replace("localhost", loopback.LOOPBACK)
-        ):
-            return cluster
-    return None
 
 
 @contextmanager
@@ -219,19 +90,37 @@ def start(name: str, nodes: int, cpus_per_node: int, progress: Any = lambda *_: 
     return cluster
 
 
-def start_missing_nodes(cluster: LocalCluster, progress: Any = lambda *_: None) -> None:
-    """Start a node for each that is missing or has died, and wait until the head counts `target_nodes`."""
+def repair(cluster: LocalCluster, nodes: int | None = None, progress: Any = lambda *_: None) -> int:
+    """Start the nodes that a running cluster lacks, also for a larger number of `nodes`; returns how many it started.
+
+    A node that is about to end or to join is waited for. Raises ClusterError.
+    """
+    _wait_until(
+        lambda: all(state.state != "not in the cluster" for state in cluster.node_states()), SETTLE_SECONDS
+    )
+    cluster.target_nodes = max(cluster.target_nodes, nodes or 0)
+    return start_missing_nodes(cluster, progress)
+
+
+def start_missing_nodes(cluster: LocalCluster, progress: Any = lambda *_: None) -> int:
+    """Start a node for each that is missing or has died, and wait until the head counts `target_nodes` living ones.
+
+    Returns how many it started. Each gets a new name: the head counts a node that was killed for some seconds more.
+    """
+    for node in cluster.nodes:
+        if not node.is_alive:
+            shutil.rmtree(cluster.ray_folder / node.name, ignore_errors=True)
     cluster.nodes = [node for node in cluster.nodes if node.is_alive]
-    used_names = {node.name for node in cluster.nodes}
-    free_names = (name for number in itertools.count(1) if (name := f"node-{number}") not in used_names)
-    for _ in range(cluster.target_nodes - len(cluster.nodes)):
-        name = next(free_names)
-        shutil.rmtree(cluster.ray_folder / name, ignore_errors=True)
-        _start_node(cluster, name, [f"--address={cluster.address}"])
+    names = (f"node-{number}" for number in itertools.count(1))
+    new_names = (name for name in names if not (cluster.folder / f"{name}.log").exists())
+    missing = cluster.target_nodes - len(cluster.nodes)
+    for _ in range(missing):
+        _start_node(cluster, next(new_names), [f"--address={cluster.address}"])
     deadline = time.monotonic() + START_SECONDS
     while (alive := cluster.alive_count()) < cluster.target_nodes:
         progress(alive, cluster.target_nodes)
         _check_startup(cluster, deadline, f"{alive} of {cluster.target_nodes} nodes are up")
+    return missing
 
 
 def stop(cluster: LocalCluster) -> int:

@@ -1,4 +1,4 @@
-"""`inpaint services`: an MLflow server and an S3 server, by default on loopback.
+"""The commands of the MLflow and S3 servers of `inpaint services`, by default on loopback, and their secrets.
 
 The first start generates their secrets and stores them in a file of mode 600, which later starts read. To choose the
 secrets, write that file before the first start. Secrets in the environment usually belong to other servers; they are
@@ -17,10 +17,10 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
 
 from data_prep.uris import file_url, sqlite_url
 from pipelines.cluster.loopback import LOOPBACK, free_ports
+from pipelines.cluster.service_process import ServerCommand, ServiceError
 from pipelines.private.mlflow_tables import read_admin
 
 BUCKET = "inpaint"
@@ -37,11 +37,7 @@ PASSED_VARIABLES = ("HOME", "LANG", "PATH", "TMPDIR", "TZ")
 ASSIGNMENT = r"""(?:export\s+)?([A-Za-z_]\w*)=((?:'[^']*'|"[^"$`\\]*"|[\w@%+=:,./-])*)(?:\s+#.*)?"""
 
 
-class ServiceError(RuntimeError):
-    """A server that cannot be started; one line."""
-
-
-def serve_mlflow(
+def prepare_mlflow(
     folder: Path,
     port: int,
     backend: str | None = None,
@@ -49,8 +45,8 @@ def serve_mlflow(
     host: str = LOOPBACK,
     allowed_hosts: str | None = None,
     from_environment: bool = False,
-) -> NoReturn:
-    """Replace this process by `mlflow server` with users, which proxies artifacts. Raises ServiceError.
+) -> ServerCommand:
+    """The command of `mlflow server` with users, which proxies artifacts; its files are written. Raises ServiceError.
 
     allowed_hosts: the host names that clients may use.
     """
@@ -85,15 +81,16 @@ def serve_mlflow(
     command += ["--artifacts-destination", artifacts or file_url(folder / "artifacts")]
     command += ["--host", host, "--port", str(port), "--workers", "2"]
     command += ["--allowed-hosts", allowed_hosts] if allowed_hosts else []
-    print(
-        f"MLflow at {uri}; address and password are in {folder}/mlflow.env: source it. Ctrl-C ends it.",
-        flush=True,
-    )
-    _exec_server(command, folder, {**os.environ, **server_variables})
+    return ServerCommand("mlflow", folder, uri, command, {**os.environ, **server_variables})
 
 
-def serve_s3(folder: Path, port: int, host: str = LOOPBACK, from_environment: bool = False) -> NoReturn:
-    """Replace this process by JuiceFS's S3 gateway; files and SQLite database lie in the folder. Raises ServiceError."""
+def prepare_s3(
+    folder: Path, port: int, host: str = LOOPBACK, from_environment: bool = False
+) -> ServerCommand:
+    """The command of JuiceFS's S3 gateway, after its bucket exists; files and SQLite database lie in the folder.
+
+    Raises ServiceError.
+    """
     program = _find_juicefs()
     _check_folder_and_port(folder, host, port)
     variables = read_env_file(folder / "s3.env")
@@ -129,11 +126,8 @@ def serve_s3(folder: Path, port: int, host: str = LOOPBACK, from_environment: bo
         format_command = [program, "format", "--no-color", "--trash-days", "0", "--storage", "file"]
         format_command += ["--bucket", f"{folder}/files/", database, BUCKET]
         _create_bucket(folder, format_command, gateway_command, server_variables)
-    print(
-        f"S3 at {endpoint}, bucket s3://{BUCKET}; address and keys are in {folder}/s3.env: source it. Ctrl-C ends it.",
-        flush=True,
-    )
-    _exec_server([*gateway_command, f"{host}:{port}"], folder, server_variables)
+    command = [*gateway_command, f"{host}:{port}"]
+    return ServerCommand("s3", folder, endpoint, command, server_variables)
 
 
 def _require_variables(*keys: str) -> dict[str, str]:
@@ -243,7 +237,9 @@ def read_env_file(path: Path) -> dict[str, str]:
 
 def _connect_host(host: str) -> str:
     """The host by which this machine reaches a server that listens on `host`."""
-    return LOOPBACK if host in ("0.0.0.0", "::") else host
+    if host in ("0.0.0.0", "::"):
+        return LOOPBACK
+    return f"[{host}]" if ":" in host else host
 
 
 def _check_folder_and_port(folder: Path, host: str, port: int) -> None:
@@ -265,9 +261,3 @@ def _find_juicefs() -> str:
     if program is None:
         raise ServiceError(f"the S3 server needs the program juicefs, which is not installed: {INSTALL_HINT}")
     return program
-
-
-def _exec_server(command: list[str], folder: Path, environment: dict[str, str]) -> NoReturn:
-    os.chdir(folder)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{environment.get('PATH', '')}"
-    os.execve(command[0], command, {**environment, "PATH": path})

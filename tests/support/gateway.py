@@ -16,8 +16,11 @@ from support.ports import free_port
 START_SCRIPT = """
 import sys
 from pathlib import Path
-from pipelines.cluster.services import serve_s3
-serve_s3(Path(sys.argv[1]), int(sys.argv[2]))
+from pipelines.cluster.service_process import exec_server, locked
+from pipelines.cluster.services import prepare_s3
+folder = Path(sys.argv[1])
+with locked(folder, "s3") as lock:
+    exec_server(prepare_s3(folder, int(sys.argv[2])), lock)
 """
 START_SECONDS = 60  # time limit for its first answer on a busy machine
 

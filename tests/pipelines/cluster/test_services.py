@@ -7,14 +7,17 @@ import os
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from pipelines.cluster import services
-from pipelines.cluster.services import ServiceError, read_env_file, write_env_file
+from pipelines.cluster.service_process import ServiceError
+from pipelines.cluster.services import read_env_file, write_env_file
 from support.gateway import running_gateway
 from support.ports import free_port
 
@@ -32,22 +35,24 @@ print(auth.store.authenticate_user("admin", sys.stdin.read()))
 """
 
 
+Prepare = Callable[..., dict[str, str]]
+
+
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
-    """The environments with which servers would start, newest last; no folder is formatted."""
-    environments: list[dict[str, str]] = []
-    monkeypatch.setattr(services, "_exec_server", lambda command, folder, server: environments.append(server))
+def prepare(monkeypatch: pytest.MonkeyPatch) -> Prepare:
+    """Prepares a server of a service and folder; returns its environment. No folder is formatted."""
     monkeypatch.setattr(services, "_create_bucket", lambda *_: None)
     for name, value in REAL.items():
         monkeypatch.setenv(name, value)
-    return environments
+
+    def call(service: str, folder: Path, **options: Any) -> dict[str, str]:
+        return getattr(services, f"prepare_{service}")(folder, free_port(), **options).environment
+
+    return call
 
 
-def test_the_gateways_keys_are_generated_once_and_reused(
-    tmp_path: Path, started: list[dict[str, str]]
-) -> None:
-    for _ in range(2):
-        services.serve_s3(tmp_path, free_port())
+def test_the_gateways_keys_are_generated_once_and_reused(tmp_path: Path, prepare: Prepare) -> None:
+    started = [prepare("s3", tmp_path) for _ in range(2)]
     variables = read_env_file(tmp_path / "s3.env")
     assert not set(variables.values()) & set(REAL.values())
     assert len(variables["AWS_ACCESS_KEY_ID"]) >= 16
@@ -59,11 +64,10 @@ def test_the_gateways_keys_are_generated_once_and_reused(
 
 
 def test_from_environment_takes_the_secrets_from_the_environment(
-    tmp_path: Path, started: list[dict[str, str]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    services.serve_s3(tmp_path, free_port(), from_environment=True)
-    services.serve_mlflow(tmp_path, free_port(), from_environment=True)
-    gateway, mlflow = started
+    gateway = prepare("s3", tmp_path, from_environment=True)
+    mlflow = prepare("mlflow", tmp_path, from_environment=True)
     assert (gateway["MINIO_ROOT_USER"], gateway["MINIO_ROOT_PASSWORD"]) == (
         REAL["AWS_ACCESS_KEY_ID"],
         REAL["AWS_SECRET_ACCESS_KEY"],
@@ -71,20 +75,18 @@ def test_from_environment_takes_the_secrets_from_the_environment(
     assert mlflow["MLFLOW_AUTH_ADMIN_PASSWORD"] == REAL["MLFLOW_TRACKING_PASSWORD"]
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(ServiceError, match="AWS_SECRET_ACCESS_KEY is not in the environment"):
-        services.serve_s3(tmp_path, free_port(), from_environment=True)
+        prepare("s3", tmp_path, from_environment=True)
 
 
-def test_keys_in_the_file_before_the_first_start_are_used(
-    tmp_path: Path, started: list[dict[str, str]]
-) -> None:
+def test_keys_in_the_file_before_the_first_start_are_used(tmp_path: Path, prepare: Prepare) -> None:
     """Written by hand, readable by all until then."""
     file = tmp_path / "s3.env"
     file.write_text(
         "# mine\nAWS_ACCESS_KEY_ID='myself'\n\nexport AWS_SECRET_ACCESS_KEY=\"a longer secret\"\nexport MORE=1 # kept\n"
     )
     file.chmod(0o644)
-    services.serve_s3(tmp_path, free_port())
-    assert (started[0]["MINIO_ROOT_USER"], started[0]["MINIO_ROOT_PASSWORD"]) == ("myself", "a longer secret")
+    server = prepare("s3", tmp_path)
+    assert (server["MINIO_ROOT_USER"], server["MINIO_ROOT_PASSWORD"]) == ("myself", "a longer secret")
     assert read_env_file(file)["MORE"] == "1"
     assert file.stat().st_mode & 0o777 == 0o600
 
@@ -98,13 +100,12 @@ def test_keys_in_the_file_before_the_first_start_are_used(
     ],
 )
 def test_a_chosen_secret_that_is_too_short_is_reported(
-    tmp_path: Path, started: list[dict[str, str]], server: str, line: str
+    tmp_path: Path, prepare: Prepare, server: str, line: str
 ) -> None:
     (tmp_path / f"{server}.env").write_text(line)
     with pytest.raises(ServiceError, match=f"^{line.partition('=')[0]} in .* is too short") as refused:
-        getattr(services, f"serve_{server}")(tmp_path, free_port())
+        prepare(server, tmp_path)
     assert line.partition("=")[2] not in str(refused.value).split()
-    assert not started
 
 
 def is_admin_password(server: dict[str, str], password: str) -> bool:
@@ -121,17 +122,17 @@ def is_admin_password(server: dict[str, str], password: str) -> bool:
 
 
 @pytest.mark.slow
-def test_a_start_with_another_administrator_password_is_refused(
-    tmp_path: Path, started: list[dict[str, str]]
-) -> None:
+def test_a_start_with_another_administrator_password_is_refused(tmp_path: Path, prepare: Prepare) -> None:
     """MLflow keeps an existing administrator's password and ignores the one of later starts."""
     file = tmp_path / "mlflow.env"
+    passwords = set()
     for _ in range(2):
-        services.serve_mlflow(tmp_path, free_port())
+        server = prepare("mlflow", tmp_path)
         password = read_env_file(file)["MLFLOW_TRACKING_PASSWORD"]
         assert password not in REAL.values()
-        assert is_admin_password(started[-1], password)
-    assert len({server["MLFLOW_AUTH_ADMIN_PASSWORD"] for server in started}) == 1
+        assert is_admin_password(server, password)
+        passwords.add(server["MLFLOW_AUTH_ADMIN_PASSWORD"])
+    assert len(passwords) == 1
 
     for text, reason in (
         (None, "is missing"),
@@ -143,12 +144,11 @@ def test_a_start_with_another_administrator_password_is_refused(
             write_env_file(file, {"MLFLOW_TRACKING_PASSWORD": text} if text else {})
         before = file.read_bytes() if text is not None else None
         with pytest.raises(ServiceError, match=f"{reason}.*put it there.*move") as refused:
-            services.serve_mlflow(tmp_path, free_port())
+            prepare("mlflow", tmp_path)
         assert "\n" not in str(refused.value)
         assert "mistaken" not in str(refused.value)
         assert (file.read_bytes() if file.exists() else None) == before
         file.touch()
-    assert len(started) == 2
 
 
 @pytest.mark.parametrize(
