@@ -56,14 +56,14 @@ _USER_TRASH = re.compile(r"\.trash-\d+")  # a user's, on a drive (freedesktop.or
 _SIDE_SUFFIXES = ("json", "xml", "xmp", "aae", "pp3", "dop")
 # Captions, labels, and the short films of phones: side files only beside a photograph of the same name
 _PAIRED_SUFFIXES = ("txt", "caption", "mov", "mp4")
-_IMAGE_SUFFIXES = (
+IMAGE_SUFFIXES = (
     *("jpg", "jpeg", "jpe", "jfif", "png", "webp", "tif", "tiff", "bmp", "gif", "avif", "heic", "heif"),
     *("jp2", "j2k", "ppm", "pgm", "pbm", "pnm", "tga", "mpo"),
 )
 _SUFFIX_KINDS = (
     dict.fromkeys(_SIDE_SUFFIXES, "side")
     | dict.fromkeys(_PAIRED_SUFFIXES, "paired")
-    | dict.fromkeys(_IMAGE_SUFFIXES, "image")
+    | dict.fromkeys(IMAGE_SUFFIXES, "image")
 )
 
 

@@ -90,3 +90,10 @@ def add_recipe_command(
     command.add_argument("--storage", help="folder or s3://bucket/prefix for all outputs of a run")
     command.add_argument("--tracking-uri", help="MLflow tracking URI")
     return command
+
+
+def registry_address(args: argparse.Namespace) -> str:
+    """--tracking-uri, else MLFLOW_TRACKING_URI, else the default database in the folder `runs`."""
+    from pipelines.tracking.runs import resolve_tracking
+
+    return resolve_tracking(args.tracking_uri, "inpaint", "runs").uri

@@ -1,4 +1,4 @@
-"""The commands `inpaint evaluate`, `fill` and `import`.
+"""The commands `inpaint evaluate` and `import`.
 
 Heavy imports are inside the functions, because --help loads this module.
 """
@@ -11,15 +11,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines import notices
 from pipelines.cli.arguments import (
     HOLE_HELP,
     MODEL_HELP,
     AddCommand,
     integer,
-    non_negative_int,
     number,
     positive_int,
+    registry_address,
     seed_int,
 )
 
@@ -69,54 +68,6 @@ def add_evaluate(add: AddCommand) -> None:
     evaluate.add_argument("--no-baselines", action="store_true", help="do not score the classical methods")
     evaluate.add_argument("--tracking-uri", help="MLflow tracking URI")
     evaluate.set_defaults(run="pipelines.cli.evaluate:evaluate_command")
-
-
-def add_fill(add: AddCommand) -> None:
-    fill = add(
-        "fill",
-        "fill the hole of a photograph",
-        "fill edge_connect@champion photo.jpg mask.png --out filled.png",
-    )
-    fill.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    fill.add_argument("image", metavar="IMAGE", help="a photograph of any size and mode")
-    fill.add_argument(
-        "mask",
-        metavar="MASK",
-        help="image of the same size: white = hole, or of two colours the one that is not black",
-    )
-    fill.add_argument(
-        "--out",
-        metavar="FILE",
-        required=True,
-        help="output file (.png and .tif keep known pixels bit-identical)",
-    )
-    fill.add_argument(
-        "--edges", metavar="FILE", help="line drawing of edges for the hole, for models that take edges"
-    )
-    fill.add_argument("--hole", metavar="VALUE", action="append", help=HOLE_HELP)
-    fill.add_argument(
-        "--frame", metavar="N", type=int, help="frame or page to fill, from 1, if the file has several"
-    )
-    fill.add_argument("--invert-mask", action="store_true", help="black is the hole")
-    fill.add_argument(
-        "--blend", action="store_true", help="hide the seam at the border of the hole (Poisson blending)"
-    )
-    fill.add_argument(
-        "--dilate",
-        metavar="PIXELS",
-        type=non_negative_int,
-        default=0,
-        help="grow the hole by this many pixels (%(default)s)",
-    )
-    fill.add_argument(
-        "--max-tile-size",
-        metavar="PIXELS",
-        type=positive_int,
-        default=512,
-        help="maximum side of a tile as model input (%(default)s)",
-    )
-    fill.add_argument("--tracking-uri", help="MLflow tracking URI")
-    fill.set_defaults(run="pipelines.cli.evaluate:fill_command")
 
 
 def add_import(add: AddCommand) -> None:
@@ -169,7 +120,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
         args.models,
         images=args.images,
         masks=args.masks,
-        tracking_uri=_tracking_uri(args),
+        tracking_uri=registry_address(args),
         size=args.size,
         max_photos=args.max_photos,
         seed=args.seed,
@@ -254,38 +205,6 @@ def _write_file(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def fill_command(args: argparse.Namespace) -> int:
-    from pipelines.errors import doing
-    from pipelines.inference.fill import prepare_fill, run_fill
-
-    task = prepare_fill(
-        args.image,
-        args.mask,
-        args.out,
-        invert=True if args.invert_mask else None,
-        dilate=args.dilate,
-        max_tile_size=args.max_tile_size,
-        edges_path=args.edges,
-        frame=args.frame,
-        hole_values=args.hole,
-    )
-    notices.announce(f"loading {args.model}")
-    from pipelines import registry  # imports torch and MLflow: after all checks that do not need them
-    from pipelines.cli.progress import ProgressDisplay
-
-    with doing(f"loading {args.model}"):
-        model = registry.load_model(args.model, tracking_uri=_tracking_uri(args))
-    with ProgressDisplay() as display:
-        result = run_fill(
-            model,
-            task,
-            blend=args.blend,
-            progress=lambda done, total: display("fill", "running", done, total, "tiles"),
-        )
-    print("\n".join(result.report_lines))
-    return 0
-
-
 def import_command(args: argparse.Namespace) -> int:
     from data_prep.uris import quote_for_shell
     from pipelines.errors import doing
@@ -311,10 +230,3 @@ def import_command(args: argparse.Namespace) -> int:
     tracking = f" --tracking-uri {quote_for_shell(target.uri)}" if args.tracking_uri else ""
     print(f"next: inpaint fill models:/{name}/{version} photo.jpg mask.png --out filled.png{tracking}")
     return 0
-
-
-def _tracking_uri(args: argparse.Namespace) -> str:
-    """--tracking-uri, else MLFLOW_TRACKING_URI, else the default database in the folder `runs`."""
-    from pipelines.tracking.runs import resolve_tracking
-
-    return resolve_tracking(getattr(args, "tracking_uri", None), "inpaint", "runs").uri

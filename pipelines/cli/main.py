@@ -14,7 +14,8 @@ from pipelines import notices
 from pipelines.cli.arguments import AddCommand, add_command
 from pipelines.cli.cluster import add_cluster_commands
 from pipelines.cli.data import add_data, add_edges, add_shard
-from pipelines.cli.evaluate import add_evaluate, add_fill, add_import
+from pipelines.cli.evaluate import add_evaluate, add_import
+from pipelines.cli.fill import add_fill
 from pipelines.cli.models import add_models
 from pipelines.cli.report import add_report
 from pipelines.cli.runs import add_plan, add_run, add_sweep, add_train
@@ -87,7 +88,7 @@ def startup_notice(args: argparse.Namespace) -> str:
         case "evaluate", _:
             return f"loading {', '.join(args.models)}"
         case "fill", _:
-            return f"reading {args.image}"
+            return f"reading {args.photo}"
         case "import", _:
             return f"reading {', '.join(args.files)}"
         case "submit", _:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,3 +139,16 @@ def _diagnostic_images(
     if not edge_methods and edges:
         pictures["edges"] = edges_image(edges[min(edges)], mask)
     return pictures
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Run torch on one thread, so that every process sums in the same order and gets the same last bits."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

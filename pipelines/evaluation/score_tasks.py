@@ -5,16 +5,14 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import ray
-import torch
 
 from data_prep.storage import Storage
 from pipelines.contracts import ProgressCallback
-from pipelines.evaluation.batches import BatchScores, EvalBatch, ScoringConfig, score_batch
+from pipelines.evaluation.batches import BatchScores, EvalBatch, ScoringConfig, score_batch, single_threaded
 from pipelines.evaluation.evaluate import SCORED_NOTE, run_sequentially
 from pipelines.evaluation.methods import InpaintingMethod
 from pipelines.evaluation.model_methods import model_method
@@ -91,14 +89,3 @@ def _score_task(shared: tuple[MethodSpecs, ScoringConfig], batch: EvalBatch) -> 
     specs, config = shared
     with single_threaded():
         return score_batch(load_methods(specs), batch, config)
-
-
-@contextmanager
-def single_threaded() -> Iterator[None]:
-    """Run torch on one thread, so that every process sums in the same order and gets the same last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

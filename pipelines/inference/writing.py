@@ -21,8 +21,14 @@ from pipelines.path_checks import check_writable_file
 LOSSLESS_FORMATS = {".png": "PNG", ".tif": "TIFF", ".tiff": "TIFF"}
 LOSSY_FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG"}
 MAX_JPEG_SIDE = 65535  # pixels
+LOSSY_WARNING = "JPEG cannot keep the known pixels identical"
+TEMPORARY = ".inpaint-"  # begins the name of a file that is not yet complete
 PNG_COMPRESS_LEVEL = 4
 ROWS_PER_CHUNK = 256  # of a 16-bit PNG, compressed at a time
+
+
+class WriteError(ValueError):
+    """A file cannot be written: a full disk, or a folder that is gone. One line."""
 
 
 def output_format(path: Path) -> str:
@@ -40,7 +46,7 @@ def check_output_path(path: Path, sources: list[Path]) -> list[str]:
             raise ValueError(f"--out {path} would overwrite an input: give another name")
     if suffix in LOSSY_FORMATS:
         png_name = path.with_suffix(".png").name
-        return [f"JPEG cannot keep the known pixels identical; write a PNG to keep them: --out {png_name}"]
+        return [f"{LOSSY_WARNING}; write a PNG to keep them: --out {png_name}"]
     return []
 
 
@@ -183,10 +189,10 @@ def _encode_16_bit_png(values: np.ndarray, options: dict) -> bytes:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write the file atomically: readers see the old or the complete new file. ValueError in one line."""
+    """Write the file atomically: readers see the old or the complete new file. WriteError in one line."""
     temporary_path = None
     try:
-        descriptor, temporary_path = tempfile.mkstemp(dir=path.parent, prefix=".inpaint-")
+        descriptor, temporary_path = tempfile.mkstemp(dir=path.parent, prefix=TEMPORARY)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
@@ -194,7 +200,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.chmod(temporary_path, 0o666 & ~_umask())
         os.replace(temporary_path, path)
     except OSError as error:
-        raise ValueError(f"--out {path} cannot be written: {error.strerror or error}") from None
+        raise WriteError(f"--out {path} cannot be written: {error.strerror or error}") from None
     finally:
         if temporary_path:
             Path(temporary_path).unlink(missing_ok=True)

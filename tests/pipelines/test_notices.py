@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import subprocess
 import sys
@@ -76,7 +77,9 @@ def leaves(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]
 
 
 def test_every_command_has_a_first_notice() -> None:
-    examples = [str(leaf.epilog).partition("example: inpaint ")[2] for leaf in leaves(build_parser())]
+    found = [re.findall(r"inpaint ((?:.*\\\n)*.*)", str(leaf.epilog)) for leaf in leaves(build_parser())]
+    assert all(found)
+    examples = [example for examples in found for example in examples]
     assert len(examples) >= 25
     for example in examples:
         assert startup_notice(build_parser().parse_args(shlex.split(example.replace("\\\n", " ")))), example
