@@ -138,6 +138,8 @@ class Model(nn.Module, abc.ABC):
     """Whether training reads edges, and `complete` follows user-drawn edges inside the hole."""
     uses_true_edges: bool = False
     """Whether its edge input is the true edges of the whole photograph: for studies, not for real completion."""
+    resamples_hole: ClassVar[bool] = False
+    """Whether the completion resamples the surroundings of a hole to the training size, however large the hole is."""
     visualizations: tuple[Literal["edges", "attention"], ...] = ()
     """Which of `predict_edges` and `visualize_attention` it implements."""
 

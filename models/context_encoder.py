@@ -218,6 +218,7 @@ class ContextEncoder(Model):
         overfit_options={"overlap": 0},
     )
     checkpoint_layout: ClassVar[CheckpointLayout] = LAYOUT
+    resamples_hole: ClassVar[bool] = True
     options: ContextEncoderOptions
 
     def __init__(self, options: ContextEncoderOptions) -> None:

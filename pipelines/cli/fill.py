@@ -168,7 +168,7 @@ def _fill_folder(args: argparse.Namespace) -> int:
             plan,
             options,
             run_jobs=run_jobs,
-            progress=lambda done, total, note: display("fill", "running", done, total, note),
+            progress=lambda stage, done, total, note: display(stage, "running", done, total, note),
         )
         display("fill", "finished", note=f"{len(result.filled)} photographs")
     print("\n".join(result.report_lines))

@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pipelines.inference import writing
+from pipelines.inference.fill_checks import hole_warning, seam_warning, tile_warning
 from pipelines.inference.fill_inputs import read_hole, read_user_edges
 from pipelines.inference.photo_file import PhotoFile, read_photo_file
+from pipelines.inference.seam import measure_seam
 from pipelines.inference.tiles import Tile, TilePlan, downscale, downscale_mask, upscale
 
 if TYPE_CHECKING:
@@ -189,9 +191,7 @@ def _fill_tiles(
     from models.blending import poisson_blend
 
     filled, remaining = rgb.copy(), hole.copy()
-    trained_range = model.info.hole_range
-    max_fraction = float(trained_range[1]) if trained_range else 1.0
-    fractions = []
+    fractions, seams = [], []
     for done, tile in enumerate(plan.tiles):
         if progress:
             progress(done, len(plan.tiles))
@@ -212,14 +212,11 @@ def _fill_tiles(
         crop[own_holes] = result[own_holes]
         hole_in_tile[own_holes] = False
         fractions.append(fraction)
+        if not blend:
+            seams.append(measure_seam(crop, own_holes, hole_in_tile))
     if progress:
         progress(len(plan.tiles), len(plan.tiles))
-    large = [fraction for fraction in fractions if fraction > 1.05 * max_fraction]
-    if large:
-        warnings.append(
-            f"the hole is larger than {model.name} was trained for: {max(large):.0%} of its tile, trained up to "
-            f"{max_fraction:.0%}; expect a worse fill"
-        )
+    warnings += [*hole_warning(model, fractions), *tile_warning(model, plan.tiles), *seam_warning(seams)]
     return filled
 
 

@@ -62,6 +62,11 @@ class FillOutcome:
     error: str = ""
 
 
+ProgressCallback = Callable[[str, int, int, str], None]
+"""(stage, photographs done, all photographs, note). The stage `check` compares with the record of an earlier fill, `fill`
+fills; what an earlier one has filled counts as done."""
+
+
 class JobRunner(Protocol):
     """Decides where photographs are filled; changes no bit of the results."""
 
@@ -119,7 +124,7 @@ def fill_folder(
     options: FillOptions | None = None,
     output_format: str | None = None,
     run_jobs: JobRunner | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> FolderResult:
     """`plan_folder` and `fill_plan`, whose docstrings describe the arguments and errors."""
     plan = plan_folder(photos, masks, out, output_format)
@@ -132,12 +137,12 @@ def fill_plan(
     options: FillOptions,
     *,
     run_jobs: JobRunner | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: ProgressCallback | None = None,
 ) -> FolderResult:
     """Fill the photographs that were not filled before from the same files with the same model and options.
 
     One photograph's error is listed, and the others are filled. Files appear complete or not at all. `run_jobs` None:
-    in this process. `progress(done, all, note)` counts photographs.
+    in this process.
     ValueError in one line: another command writes to the folder, or it has a file of another origin that would be
     overwritten. WriteError: the output cannot be written, such as on a full disk; nothing more is filled then.
     """
@@ -149,9 +154,11 @@ def fill_plan(
     _check_no_foreign_files(plan)
     settings = FillSettings(model_digest(model), options)
     with open_record(plan.out) as record:
-        for job in plan.jobs:
+        for number, job in enumerate(plan.jobs):
+            if record.has(job.out_name):
+                progress("check", number, total, "photographs")
             (skipped if _is_filled(record, settings, job) else remaining).append(job)
-            progress(len(skipped), total, "looking for filled photographs")
+        progress("fill", len(skipped), total, "photographs")
         pending = {job.name for job in remaining}
         for outcome in (run_jobs or fill_here)(model, settings, remaining) if remaining else ():
             if outcome.entry is None:
@@ -165,7 +172,8 @@ def fill_plan(
                     if not text.startswith(LOSSY_WARNING)
                 ]
             pending.remove(outcome.name)
-            progress(total - len(pending), total, f"{len(failures)} failed" if failures else "photographs")
+            note = f"{len(failures)} failed" if failures else "photographs"
+            progress("fill", total - len(pending), total, note)
     return FolderResult(
         out_path=str(plan.out),
         filled=tuple(sorted(filled)),

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,8 +92,8 @@ class RayFillRunner:
                 max_running=self.workers,
                 on_error=crashed,
             )
-            for _, outcome in results:
-                yield outcome
+            for number, outcome in results:
+                yield _with_own_paths(outcome, jobs[number])
 
 
 def _saves_time(seconds: float, count: int, startup_seconds: float) -> bool:
@@ -108,7 +108,15 @@ def _saves_time(seconds: float, count: int, startup_seconds: float) -> bool:
 
 def _absolute(job: FillJob) -> FillJob:
     """The job with paths that do not depend on a process's working folder."""
-    return FillJob(job.name, job.photo.absolute(), job.mask.absolute(), job.out_name, job.out.absolute())
+    return replace(job, photo=job.photo.absolute(), mask=job.mask.absolute(), out=job.out.absolute())
+
+
+def _with_own_paths(outcome: FillOutcome, job: FillJob) -> FillOutcome:
+    """The outcome of the absolute job, whose error names the files as `job` does."""
+    error = outcome.error
+    for path in (job.photo, job.mask, job.out):
+        error = error.replace(str(path.absolute()), str(path))
+    return replace(outcome, error=error)
 
 
 @ray.remote(num_cpus=1, max_retries=1)  # a photograph that is too large ends its process again

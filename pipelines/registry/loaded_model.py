@@ -56,6 +56,16 @@ class LoadedModel:
         """Side of its training crops in pixels; None: not on record."""
         return self.info.size
 
+    @property
+    def resamples_hole(self) -> bool:
+        """Whether it resamples the surroundings of a hole to its training size; False: also if its class is unknown."""
+        from models import model_class
+
+        try:
+            return model_class(self.info.name).resamples_hole
+        except ValueError:  # of another release, or of another project
+            return False
+
     def edges_outside_hole(self, image: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """Canny edges outside the hole at the model's sigma: bool [H,W]. ValueError: the sigma is not on record."""
         if self.sigma is None:

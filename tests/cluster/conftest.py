@@ -93,11 +93,17 @@ def finished(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Fin
 
 @pytest.fixture(scope="session")
 def place(finished: FinishedDemo) -> CliRun:
-    """The finished run, with `photos`, a few of them in `few`, `photo.png` and `mask.png` in its working folder."""
+    """The finished run. In its working folder: `photos`, a few of them in `few` with their masks in `masks` and one mask
+    for all, `watermark.png`; `photo.png` and its `mask.png`."""
     run = finished.run
-    (run.folder / "few").mkdir()
-    for photograph in sorted((run.folder / "photos").glob("a b *.png"))[:12]:
+    for name in ("few", "masks"):
+        (run.folder / name).mkdir()
+    watermark = np.zeros((96, 96), np.uint8)
+    watermark[60:80, 50:90] = 255
+    cv2.imwrite(str(run.folder / "watermark.png"), watermark)
+    for index, photograph in enumerate(sorted((run.folder / "photos").glob("a b *.png"))[:12]):
         (run.folder / "few" / photograph.name).symlink_to(photograph.resolve())
+        cv2.imwrite(str(run.folder / "masks" / photograph.name), np.roll(watermark, -4 * index, axis=0))
     photo = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
     mask = np.zeros((90, 120), np.uint8)
     mask[30:50, 40:60] = 255

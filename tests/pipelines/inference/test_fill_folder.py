@@ -79,13 +79,12 @@ def stopping_after(count: int) -> Callable[..., Iterator[FillOutcome]]:
 
 
 def test_a_folder_is_filled_like_single_photographs(folders: Path) -> None:
-    reports: list[tuple[int, int, str]] = []
+    reports: list[tuple[str, int, int, str]] = []
     result = run(progress=lambda *now: reports.append(now))
     assert result.filled == ("a.png", "b b.png", "sub/c.png", "sub/deep/é.png")
     assert (result.skipped, result.failures, result.without_mask, result.warnings) == ((), (), (), ())
     assert result.report_lines == ("filled 4 photographs in out",)
-    assert reports[-1] == (4, 4, "photographs")
-    assert [done for done, _, _ in reports] == sorted(done for done, _, _ in reports)
+    assert reports == [("fill", done, 4, "photographs") for done in range(5)]
     for name, data in files(folders / "out").items():
         fill(loaded_model(), f"photos/{name}", f"masks/{name}", "single.png")
         assert data == Path("single.png").read_bytes(), name
@@ -202,7 +201,7 @@ def test_formats_are_kept_where_they_can_be_written(folders: Path) -> None:
     save_photo(Path("photos/f.tiff"))
     Path("photos/notes.txt").write_text("no photograph")
     Path("photos/.DS_Store").write_bytes(b"\0")
-    result = run(masks="masks/a.png")
+    result = run(masks="masks/a.png", options=FillOptions(blend=True))
     assert files(folders / "out").keys() == {
         "a.png", "b b.png", "d.png", "e.JPG", "f.tiff", "sub/c.png", "sub/deep/é.png",
     }  # fmt: skip
@@ -245,12 +244,13 @@ def test_warnings_are_listed_by_photograph(folders: Path) -> None:
     hole = np.zeros((44, 60), bool)
     hole[4:40, 4:50] = True
     Image.fromarray(hole).save("masks/a.png")
-    result = run(loaded_model(hole_range=[0.1, 0.3]))
+    model, options = loaded_model(hole_range=[0.1, 0.3], size=32), FillOptions(blend=True)
+    result = run(model, options=options)
     ((name, warning),) = result.warnings
     assert name == "a.png"
     assert f"warning: a.png: {warning}" in result.report_lines
     assert "larger than toy was trained for" in warning
-    many = run(loaded_model(hole_range=[0.1, 0.3]), masks="masks/a.png", out="many")
+    many = run(model, masks="masks/a.png", out="many", options=options)
     assert len(many.warnings) == 4
 
 
