@@ -39,7 +39,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Path("model"), model, {}, CheckpointInfo("edge_connect", vars(model.options), size=32, sigma=1.5)
     )
     for seed in range(COUNT):
-        Image.fromarray(photograph(150, 200 + seed, seed)).save(f"photos/{seed}.png")
+        Image.fromarray(photograph(150, 200, seed)).save(f"photos/{seed}.png")
     mask = np.zeros((150, 200), bool)
     mask[20:50, 20:60] = mask[90:120, 140:190] = True
     Image.fromarray(mask).resize((400, 300)).save("mask.png")
