@@ -20,7 +20,7 @@ from pipelines.inference.fill_record import (
     open_record,
     sha256_of,
 )
-from pipelines.inference.folder_plan import MAX_LISTED, FillJob, FolderPlan, list_names, plan_folder
+from pipelines.inference.folder_plan import FillJob, FolderPlan, list_names, plan_folder
 from pipelines.inference.writing import LOSSY_WARNING, WriteError
 
 if TYPE_CHECKING:
@@ -104,15 +104,21 @@ class FolderResult:
         if self.unused_masks:
             count = f"{len(self.unused_masks)} mask{'s' * (len(self.unused_masks) > 1)}"
             lines.append(f"{count} without a photograph: {list_names(self.unused_masks)}")
-        lines += [f"warning: {printable(name)}: {text}" for name, text in self.warnings[:MAX_LISTED]]
-        if len(self.warnings) > MAX_LISTED:
-            lines.append(
-                f"... and {len(self.warnings) - MAX_LISTED} more warnings: see the record in {self.out_path}"
-            )
+        for group in self._warning_groups():
+            name, text = group[0]
+            more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+            lines.append(f"warning: {printable(name)}{more}: {text}")
         if self.failures:
             lines.append(f"{_count(self.failures)} failed; the same command tries them again:")
             lines += [f"  {printable(name)}: {reason}" for name, reason in self.failures]
         return tuple(lines)
+
+    def _warning_groups(self) -> list[list[tuple[str, str]]]:
+        """The warnings that differ only in their figures, together."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for name, text in self.warnings:
+            groups.setdefault(text.partition(":")[0].partition(" (")[0], []).append((name, text))
+        return list(groups.values())
 
 
 def fill_folder(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -48,7 +49,11 @@ def test_a_folder_is_filled_with_a_summary(
     command = ("fill", "encoder", "photos", "mask.png", "--out", "filled")
     status, out, err = command_line(*command)
     assert (status, err) == (0, "")
-    assert out.splitlines()[-1] == f"filled {COUNT} photographs in filled"
+    summary, seam = out.splitlines()[-2:]
+    assert summary == f"filled {COUNT} photographs in filled"
+    assert re.fullmatch(
+        r"warning: \d\d\.png and \d+ more: a seam shows at the border .*; --blend hides it", seam
+    )
     assert "fill" in out.splitlines()[0]
     assert "(100 %)" in out or "finished in" in out
     for seed in (0, COUNT - 1):

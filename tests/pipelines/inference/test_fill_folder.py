@@ -252,6 +252,7 @@ def test_warnings_are_listed_by_photograph(folders: Path) -> None:
     assert "larger than toy was trained for" in warning
     many = run(model, masks="masks/a.png", out="many", options=options)
     assert len(many.warnings) == 4
+    assert many.report_lines[1:] == (f"warning: a.png and 3 more: {warning}",)
 
 
 @pytest.mark.parametrize(
