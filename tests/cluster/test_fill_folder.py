@@ -94,15 +94,3 @@ def test_a_process_that_dies_fails_one_photograph(folder: Path, monkeypatch: pyt
     monkeypatch.chdir(folder)
     assert fill_folder(model, "photos", "mask.png", "tasks").filled == ("3.png",)
     assert written("tasks") == written("alone")
-
-
-def test_a_model_that_changes_meanwhile_ends_the_fill(folder: Path) -> None:
-    model = load_model("model")
-    changed = build_model("edge_connect", width=0.0625, residual_blocks=1)
-    save_weights(
-        Path("model"), changed, {}, CheckpointInfo("edge_connect", vars(changed.options), size=32, sigma=1.5)
-    )
-    runner = RayFillRunner(ModelSource.of(model, "model", ""), workers=2)
-    with pytest.raises(ValueError, match="model has changed since this command began: run it again"):
-        fill_folder(model, "photos", "mask.png", "tasks", run_jobs=runner)
-    assert written("tasks") == {}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from PIL import Image
 
 from models.base import Model
+from pipelines.inference import fill_tasks
 from pipelines.inference.fill import fill
 from pipelines.inference.fill_folder import (
     FillOptions,
@@ -24,9 +27,11 @@ from pipelines.inference.fill_folder import (
     model_digest,
 )
 from pipelines.inference.fill_record import RECORD_FILE, open_record
+from pipelines.inference.fill_tasks import ModelSource, RayFillRunner, load_source
 from pipelines.inference.folder_plan import FillJob, plan_folder
 from pipelines.inference.writing import WriteError
-from pipelines.registry import LoadedModel
+from pipelines.registry import LoadedModel, load_model
+from pipelines.weights import CheckpointInfo, save_weights
 from support.inpainting import hole_mask, loaded_model, photograph
 from support.mlflow_stores import Killed
 
@@ -336,3 +341,35 @@ def test_the_record_of_another_release_is_not_trusted(folders: Path) -> None:
     lines[1]["inputs"]["more"] = 1
     record.write_text("\n".join(["", "[]", "nonsense", *map(json.dumps, lines)]))
     assert len(run().skipped) == 2
+
+
+def test_a_model_that_changes_meanwhile_ends_a_task(folders: Path, encoder: Model) -> None:
+    Path("model").mkdir()
+    info = CheckpointInfo("context_encoder", vars(encoder.options), size=32)
+    save_weights(Path("model"), encoder, {}, info)
+    source = ModelSource.of(load_model("model"), "model", "")
+    assert source.uri == str(folders / "model")
+    job = plan_folder("photos", "masks", "out").jobs[0]
+    fill_task = fill_tasks._fill_task._function
+    digest = model_digest(load_model("model"))
+    outcome = fill_task((source, FillSettings(digest, FillOptions())), job)
+    assert outcome.entry is not None
+    assert outcome.entry.model == "context_encoder"
+    assert Path("out/a.png").exists()
+    with pytest.raises(ValueError, match=r"model has changed since this command began: run it again"):
+        fill_task((source, FillSettings("another", FillOptions())), job)
+    load_source.cache_clear()
+
+
+def test_a_process_that_saves_no_time_starts_no_ray(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    result = run(run_jobs=RayFillRunner(ModelSource("nowhere", "")))
+    assert len(result.filled) == 4
+    assert not ray.is_initialized()
+    saves_time = fill_tasks._saves_time
+    cpus = len(os.sched_getaffinity(0))
+    assert not saves_time(100.0, 1, 15)
+    assert saves_time(100.0, 2, 15) == (cpus > 1)
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    assert saves_time(1.0, 20, 15)
+    assert not saves_time(1.0, 15, 15)
