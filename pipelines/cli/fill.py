@@ -163,12 +163,17 @@ def _fill_folder(args: argparse.Namespace) -> int:
 
         run_jobs = RayFillRunner(ModelSource.of(model, args.model, tracking_uri), args.workers)
     with ProgressDisplay() as display:
+
+        def on_progress(stage: str, done: int, total: int, note: str) -> None:
+            is_checked = stage == "check" and done == total
+            display(stage, "finished" if is_checked else "running", done, total, note)
+
         result = fill_plan(
             model,
             plan,
             options,
             run_jobs=run_jobs,
-            progress=lambda stage, done, total, note: display(stage, "running", done, total, note),
+            progress=on_progress,
         )
         display("fill", "finished", note=f"{len(result.filled)} photographs")
     print("\n".join(result.report_lines))

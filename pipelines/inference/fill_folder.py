@@ -160,10 +160,11 @@ def fill_plan(
     _check_no_foreign_files(plan)
     settings = FillSettings(model_digest(model), options)
     with open_record(plan.out) as record:
-        for number, job in enumerate(plan.jobs):
-            if record.has(job.out_name):
-                progress("check", number, total, "photographs")
+        recorded = any(record.has(job.out_name) for job in plan.jobs)
+        for number, job in enumerate(plan.jobs, start=1):
             (skipped if _is_filled(record, settings, job) else remaining).append(job)
+            if recorded:
+                progress("check", number, total, f"{len(skipped)} filled before")
         progress("fill", len(skipped), total, "photographs")
         pending = {job.name for job in remaining}
         for outcome in (run_jobs or fill_here)(model, settings, remaining) if remaining else ():

@@ -145,7 +145,9 @@ def test_failures_are_listed_and_the_rest_is_filled(folders: Path) -> None:
 def test_filled_photographs_are_skipped_until_an_input_or_option_changes(folders: Path) -> None:
     run()
     before = modification_times(folders / "out")
-    assert len(run().skipped) == 4
+    reports: list[tuple[str, int, int, str]] = []
+    assert len(run(progress=lambda *now: reports.append(now)).skipped) == 4
+    assert reports[3:] == [("check", 4, 4, "4 filled before"), ("fill", 4, 4, "photographs")]
     assert modification_times(folders / "out") == before
     save_photo(Path("photos/a.png"), 9)
     assert run().filled == ("a.png",)
@@ -331,6 +333,20 @@ def test_a_models_digest_is_that_of_its_options_and_weights(encoder: Model) -> N
     digests = [digest(0), digest(1), digest(0, "1"), digest(0, "2"), digest(0, sigma=2.0)]
     assert len(set(digests)) == 5
     assert digest(0) == digests[0]
+
+
+def test_a_versions_digest_covers_its_exported_weights(loaded: dict[str, LoadedModel]) -> None:
+    digests = {name: model_digest(model) for name, model in loaded.items()}
+    assert len(set(digests.values())) == 2
+    program = loaded["encoder"].forward
+    assert isinstance(program, torch.nn.Module)
+    weight = max(program.state_dict().values(), key=torch.Tensor.numel).view(-1)
+    value = weight[-1].clone()
+    with torch.no_grad():
+        weight[-1] += 1
+        assert model_digest(loaded["encoder"]) != digests["encoder"]
+        weight[-1] = value
+    assert model_digest(loaded["encoder"]) == digests["encoder"]
 
 
 def test_the_record_of_another_release_is_not_trusted(folders: Path) -> None:
