@@ -8,6 +8,7 @@ passed to `register`.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import json
@@ -16,6 +17,8 @@ import pkgutil
 import re
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -108,6 +111,18 @@ def model_class(name: str) -> type[Model]:
             f"model {name!r}: the `name` of {class_path} is {cls.name!r}: the two must be the same"
         )
     return cls
+
+
+def paper(name: str) -> str:
+    """Title, authors and venue of a model's paper: the first paragraph of its file, read without importing it; '' if
+    there is no such model or text."""
+    try:
+        spec = find_spec(_entry(name).class_path.partition(":")[0])
+        source = Path(spec.origin).read_text(encoding="utf-8") if spec and spec.origin else ""
+        text = ast.get_docstring(ast.parse(source)) or ""
+    except (ValueError, ImportError, OSError, SyntaxError):
+        return ""
+    return " ".join(text.partition("\n\n")[0].split())
 
 
 def options_class(name: str) -> type:

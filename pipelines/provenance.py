@@ -1,7 +1,9 @@
-"""Provenance of a run: code version, packages, machine and cluster."""
+"""Provenance of a run: user, code version, packages, machine and cluster."""
 
 from __future__ import annotations
 
+import getpass
+import os
 import platform
 import subprocess
 import sys
@@ -12,23 +14,54 @@ from typing import Any
 
 PACKAGES = ("inpaint-pipelines", "torch", "ray", "mlflow", "opencv-python", "numpy", "webdataset")
 PROVENANCE_TAG = "inpaint.made_by"  # of a run in MLflow
+CODE_FILE, USER_FILE = (
+    "CODE",
+    "SUBMITTED_BY",
+)  # in the package of a submitted job: `COMMIT DIRTY`, and a user's name
 
 
-def code_version() -> dict[str, str]:
-    """The git commit, and whether there are uncommitted changes; empty if the code is not a git checkout.
+def code_version(root: Path = Path(__file__).parent) -> dict[str, str]:
+    """The git commit, and whether there are uncommitted changes; empty if the code in `root` is not a git checkout.
 
     For a job, `inpaint submit` writes both to the file CODE in its package.
     """
-    root = Path(__file__).parent
     with suppress(OSError, ValueError):
-        commit, dirty = (root / "CODE").read_text().split()
+        commit, dirty = (root / CODE_FILE).read_text().split()
         return {"commit": commit, "dirty": dirty}
     try:
+        # an installed copy may lie in the repository of another project, whose commit says nothing about this code
+        _git(root, "ls-files", "--error-unmatch", Path(__file__).name)
         commit = _git(root, "rev-parse", "HEAD")
         is_dirty = bool(_git(root, "status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.SubprocessError):
         return {}
     return {"commit": commit, "dirty": str(is_dirty).lower()}
+
+
+def user_name(root: Path = Path(__file__).parent) -> str:
+    """Who started this run: the user who submitted the job, else MLflow's user, else the user of this process."""
+    with suppress(OSError):
+        return (root / USER_FILE).read_text(encoding="utf-8").strip()
+    if name := os.environ.get("MLFLOW_TRACKING_USERNAME"):
+        return name
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container without a user entry
+        return "unknown"
+
+
+def source_tags(command: str) -> dict[str, str]:
+    """MLflow's tags of a run: who started it, and with which command."""
+    kind = "JOB" if (Path(__file__).parent / USER_FILE).exists() else "LOCAL"
+    return {"mlflow.user": user_name(), "mlflow.source.name": command, "mlflow.source.type": kind}
+
+
+def git_tags() -> dict[str, str]:
+    """MLflow's tags of the code of this process; empty if its commit is unknown."""
+    code = code_version()
+    if not code:
+        return {}
+    return {"mlflow.source.git.commit": code["commit"], "mlflow.source.git.dirty": code["dirty"]}
 
 
 def describe_environment() -> dict[str, str]:

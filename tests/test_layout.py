@@ -49,7 +49,7 @@ LAYERS = (
     ("pipelines.data", "pipelines.evaluation", "pipelines.training"),
     # users of evaluations
     ("pipelines.check_data", "pipelines.check_recipe", "pipelines.registry", "pipelines.run_report"),
-    ("pipelines.importing", "pipelines.inference", "pipelines.pipeline"),
+    ("pipelines.importing", "pipelines.inference", "pipelines.parent_run", "pipelines.pipeline"),
     ("pipelines.sweeps",),
     ("pipelines.cli",),
     ("pipelines", "pipelines.__main__"),

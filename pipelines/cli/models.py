@@ -33,6 +33,9 @@ def add_models(add: AddCommand) -> None:
     action("list", "list the registered models", "")
     show = action("show", "show a model's versions, or the details of one version", "edge_connect@champion")
     show.add_argument("model", metavar=VERSION_METAVAR)
+    show.add_argument(
+        "--card", action="store_true", help="print the model card, MLflow's description, in Markdown"
+    )
 
     best = action(
         "best", "rank the versions of a model by a score", "edge_connect --metric psnr --band 20-30"
@@ -155,6 +158,8 @@ def _show(args: argparse.Namespace, uri: str) -> Answer:
     from pipelines.cli import text as model_text
 
     details = registry.show(args.model, uri)
+    if args.card:
+        return {"card": details.card}, details.card or f"{args.model} has no description in MLflow"
     return details.as_json(), model_text.format_details(details)
 
 
@@ -253,7 +258,10 @@ def _history(args: argparse.Namespace, uri: str) -> Answer:
     name = args.model.removeprefix("models:/")
     moves = registry.history(name, uri)
     rows = [move.as_json() for move in moves]
-    return rows, "\n".join(model_text.format_moves(moves)[1:]) or f"no alias of {name} was ever moved"
+    rejections = [] if args.json else registry.rejections(name, uri)
+    return rows, "\n".join(
+        model_text.format_moves(moves, rejections)[1:]
+    ) or f"no alias of {name} was ever moved"
 
 
 def _export(args: argparse.Namespace, uri: str) -> Answer:

@@ -18,6 +18,7 @@ from pipelines.cli.arguments import AddCommand, add_recipe_command, positive_int
 if TYPE_CHECKING:
     from pipelines.contracts import StepKind, SweepOrigin
     from pipelines.durable.workflow import RunResults, Workflow
+    from pipelines.parent_run import ParentRun
     from pipelines.recipe import Recipe
     from pipelines.tracking_address import Tracking
 
@@ -207,6 +208,7 @@ def _run_with_display(
     from pipelines.durable.runner import run_workflow
     from pipelines.durable.steps import StepEvent
     from pipelines.errors import doing
+    from pipelines.parent_run import open_parent_run
     from pipelines.tracking import runs as mlflow_runs
 
     _check_before_run(recipe, workflow)
@@ -217,15 +219,11 @@ def _run_with_display(
     with workflow.acquire_lease(lambda text: print(f"  {text}", flush=True)) as leases:
         run_status.save_workflow(workflow)
         notices.announce("opening the run in MLflow")
-        tags = {"inpaint.recipe": recipe.to_yaml()[:5000]}
         with doing(f"opening a run in MLflow at {redact_uri(tracking.uri)}"):
-            parent = mlflow_runs.open_run(tracking, recipe.digest, recipe.name, tags=tags)
-        print(
-            f"recipe {recipe.name}: storage {workflow.storage.uri}, MLflow {redact_uri(tracking.uri)}",
-            flush=True,
-        )
+            parent = open_parent_run(recipe, tracking, args.command)
+        print(f"recipe {recipe.name}: storage {workflow.storage.uri}, MLflow {parent.address}", flush=True)
         with (
-            mlflow_runs.finish_run_on_exit(tracking, parent),
+            mlflow_runs.finish_run_on_exit(tracking, parent.run_id),
             ray_session(args.debug),
             ProgressDisplay() as display,
             run_status.StatusWriter(workflow) as status_writer,
@@ -240,7 +238,30 @@ def _run_with_display(
                     for line in photograph_notes(workflow):
                         display(name, "note", note=line)
 
-            return run_workflow(workflow.with_settings(parent_run_id=parent), on_event, leases)
+            parent_settings = workflow.with_settings(parent_run_id=parent.run_id)
+            results = run_workflow(parent_settings, on_event, leases)
+            _log_results(parent, recipe, workflow, results)
+            return results
+
+
+def _log_results(parent: ParentRun, recipe: Recipe, workflow: Workflow, results: RunResults) -> None:
+    """Log the final scores, the dataset and the report to the MLflow run of the recipe."""
+    from pipelines.cli.reporting import store_sweep_report, write_run_report
+    from pipelines.contracts import EvaluateOutputs, StepKind, SweepOutputs
+    from pipelines.evaluation.results import EvaluationResult
+    from pipelines.parent_run import log_report, log_results
+
+    storage = workflow.storage
+    log_results(parent, recipe, storage, results)
+    reports = [
+        store_sweep_report(workflow, outputs)
+        for outputs in results.of_kind(StepKind.SWEEP, SweepOutputs).values()
+    ]
+    for evaluated in results.of_kind(StepKind.EVALUATE, EvaluateOutputs).values():
+        evaluation = EvaluationResult.load(storage.subfolder(evaluated.folder).read)
+        reports.append(write_run_report(recipe, workflow, results, evaluation, parent.tracking))
+    for report in reports:
+        log_report(parent, storage.read(report.key).decode())
 
 
 def _check_before_run(recipe: Recipe, workflow: Workflow, download: bool = True) -> None:

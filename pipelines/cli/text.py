@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipelines.registry.alias_moves import AliasMove
+    from pipelines.registry.alias_moves import AliasMove, Rejection
     from pipelines.registry.describe import ModelDetails, VersionDetails
     from pipelines.registry.searching import Ranking
 
@@ -35,7 +35,9 @@ def _format_model(details: ModelDetails) -> str:
         for row in details.versions
     ]
     count = f"{len(rows)} version{'' if len(rows) == 1 else 's'}"
-    return "\n".join([f"{details.name}: {count}", *format_table(rows), *format_moves(details.history)])
+    return "\n".join(
+        [f"{details.name}: {count}", *format_table(rows), *format_moves(details.history, details.rejections)]
+    )
 
 
 def _format_version(details: VersionDetails) -> str:
@@ -44,6 +46,7 @@ def _format_version(details: VersionDetails) -> str:
     model, edges = details.model or {}, details.edges
     options = ", ".join(f"{key} {value}" for key, value in (model.get("options") or {}).items())
     rows = {
+        "champion": _format_champion(details),
         "model": f"{model['model']}: {options}" if model else None,
         "trained": _format_training(model) if "steps" in model else model.get("imported"),
         "shards": details.shards,
@@ -151,29 +154,24 @@ def _band_start(band: str) -> int:
     return int(band.partition("-")[0]) if band else -1
 
 
-def format_moves(history: Sequence[AliasMove]) -> list[str]:
-    """One line per alias change, below an empty line and a heading."""
-    if not history:
-        return []
-    rows = [
-        {
-            "when": move.when[:19].replace("T", " "),
-            "alias": move.alias,
-            "move": f"{move.from_ or 'none'} -> {move.to}",
-            "who": move.who,
-            "why": " ".join(
-                part
-                for part in (
-                    "rollback:" if move.action == "rollback" else "",
-                    "forced:" if move.forced else "",
-                    move.reason,
-                )
-                if part
-            ),
-        }
-        for move in history
-    ]
-    return ["", *format_table(rows)]
+def _format_champion(details: VersionDetails) -> str:
+    """Whether the version is champion, and why."""
+    moves = [move for move in details.history if move.alias == "champion"]
+    if "champion" in details.aliases:
+        return f"yes, since {moves[-1].date}: {moves[-1].sentence}" if moves else "yes"
+    rejected = details.tags.get("not_champion", "")
+    if moves:
+        return f"no, since {moves[-1].date}: {moves[-1].sentence}"
+    return f"no: {rejected}" if rejected else "no"
+
+
+def format_moves(history: Sequence[AliasMove], rejections: Sequence[Rejection] = ()) -> list[str]:
+    """One line per alias change and per version that did not become champion, by time, below an empty line."""
+    # a rejection refers to an earlier move; MLflow's time of its version may have whole seconds only
+    moments: list[tuple[str, int, AliasMove | Rejection]] = [(move.when[:19], 0, move) for move in history]
+    moments += [(rejection.when[:19], 1, rejection) for rejection in rejections]
+    entries = [entry for *_, entry in sorted(moments, key=lambda moment: moment[:2])]
+    return ["", *(f"{entry.date}  {entry.sentence}" for entry in entries)] if entries else []
 
 
 def format_ranking(ranking: Ranking) -> str:

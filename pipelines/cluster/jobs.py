@@ -21,7 +21,7 @@ from data_prep.uris import is_s3_uri, normalize_storage_uri, normalize_tracking_
 from pipelines.cluster import local_cluster, loopback
 from pipelines.cluster.session import SESSION_ENV_VARS
 from pipelines.private.ray import silence_job_logging
-from pipelines.provenance import code_version
+from pipelines.provenance import CODE_FILE, USER_FILE, code_version, user_name
 from pipelines.recipe import Recipe
 from pipelines.recipe.load import has_credentials
 
@@ -71,7 +71,8 @@ def package_source(recipe: Recipe) -> Iterator[Path]:
             shutil.copytree(root / name, folder / name, ignore=shutil.ignore_patterns(*EXCLUDED))
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         if code := code_version():
-            (folder / "pipelines" / "CODE").write_text(f"{code['commit']} {code['dirty']}\n")
+            (folder / "pipelines" / CODE_FILE).write_text(f"{code['commit']} {code['dirty']}\n")
+        (folder / "pipelines" / USER_FILE).write_text(f"{user_name()}\n", encoding="utf-8")
         size = sum(path.stat().st_size for path in folder.rglob("*"))
         if size > MAX_PACKAGE_BYTES:
             raise SubmitError(

@@ -29,6 +29,7 @@ from pipelines.data.shard_tasks import make_edge_tars, shard_photographs
 from pipelines.durable.mlflow_run import with_mlflow_run
 from pipelines.durable.steps import NoInputs, StepContext, canonical_json
 from pipelines.tracking import runs
+from pipelines.tracking.datasets import log_dataset
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -63,7 +64,7 @@ def shard(
         metrics["photographs/left_out"] = left_out_total(manifest.left_out or {})
         metrics["photographs/duplicate"] = len(manifest.duplicates)
         runs.log_metrics(client, run_id, metrics)
-        runs.log_dataset(client, run_id, config.source, manifest)
+        log_dataset(client, run_id, out)
     return ShardOutputs(
         files=tuple(f"{ctx.persistent_folder}/{key}" for key, _ in out.list()),
         folder=ctx.persistent_folder,

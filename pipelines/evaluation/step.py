@@ -31,6 +31,7 @@ from pipelines.evaluation.tables import table_markdown
 from pipelines.plots.images import encode_png, sample_grid
 from pipelines.recipe import EvaluationConfig
 from pipelines.tracking import runs
+from pipelines.tracking.datasets import log_dataset
 from pipelines.weights import as_local_folder, load_weights
 
 TRUTH_FILE = "truth.npy"
@@ -59,6 +60,7 @@ def evaluate(
                 client, run_id, {f"{method}/{k}": v for k, v in result.to_metrics(method).items()}
             )
         runs.log_text(client, run_id, "table.md", table_markdown(result))
+        log_dataset(client, run_id, ctx.storage.subfolder(ctx.inputs.shards.folder), ctx.config.split)
         _log_grids(client, run_id, result)
     return EvaluateOutputs(
         files=tuple(f"{ctx.attempt_folder}/{file}" for file in files),
@@ -100,6 +102,7 @@ def score(ctx: StepContext[EvaluationConfig, ScoreInputs, RunSettings]) -> Score
     if (tracking := ctx.settings.tracking) and (run := ctx.settings.trial_run_id):
         client = tracking.client()
         runs.log_metrics(client, run, result.to_metrics("trial"))
+        log_dataset(client, run, ctx.storage.subfolder(ctx.inputs.shards.folder), ctx.config.split)
         _log_grids(client, run, result)
     return ScoreOutputs(
         files=tuple(f"{ctx.attempt_folder}/{file}" for file in files),

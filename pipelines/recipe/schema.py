@@ -133,8 +133,11 @@ class Recipe(Section):
         """The recipe without default values."""
         return yaml.safe_dump(self.model_dump(mode="json", exclude_defaults=True), sort_keys=False)
 
+    def computed_fields(self) -> dict[str, Any]:
+        """The fields, defaults included, that say what is computed: without storage, tracking and scaling."""
+        return self.model_dump(mode="json", exclude={"storage", "tracking_uri", "experiment", "scaling"})
+
     @property
     def digest(self) -> str:
-        """Digest of what is computed; storage, tracking and scaling do not enter."""
-        body = self.model_dump(mode="json", exclude={"storage", "tracking_uri", "experiment", "scaling"})
-        return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        """Digest of `computed_fields`."""
+        return hashlib.sha256(json.dumps(self.computed_fields(), sort_keys=True).encode()).hexdigest()

@@ -14,7 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.registry.aliases import ConcurrentPromotion, alias_state, history, promote, rollback
+from pipelines.registry.aliases import (
+    ConcurrentPromotion,
+    alias_state,
+    history,
+    promote,
+    rejections,
+    rollback,
+)
 from pipelines.registry.client import RegistryError, delete, list_models
 from pipelines.registry.loaded_model import LoadedModel
 from pipelines.registry.searching import best, search
@@ -39,6 +46,7 @@ __all__ = [
     "place",
     "promote",
     "register",
+    "rejections",
     "rollback",
     "search",
     "show",

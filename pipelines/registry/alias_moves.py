@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 HISTORY_PREFIX = "history."  # of the tag that stores a move: history.ALIAS.NUMBER
+REJECTED_TAG = "not_champion"  # of a version: why it did not become champion
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,22 @@ class AliasMove:
             **optional,
         )
 
+    @property
+    def date(self) -> str:
+        """`2026-11-30 15:51 UTC`."""
+        return f"{self.when[:16].replace('T', ' ')} UTC"
+
+    @property
+    def sentence(self) -> str:
+        """`version 2 became champion instead of version 1, by ann: psnr_rgb_hole 18.52 against ...`"""
+        before = f" instead of version {self.from_}" if self.from_ else ""
+        move = f"version {self.to} became {self.alias}{before}"
+        if self.action == "rollback":
+            move = f"{self.alias} went back from version {self.from_} to version {self.to}"
+        forced = ", forced" if self.forced else ""
+        who = f" by {self.who}" if self.who else ""
+        return f"{move}{forced}{',' if who and not forced else ''}{who}{f': {self.reason}' if self.reason else ''}"
+
     def as_json(self) -> dict[str, Any]:
         """The record for the tag. Deterministic: two processes that write the same move write the same text."""
         record = {key.rstrip("_"): value for key, value in vars(self).items()}
@@ -58,6 +75,24 @@ class AliasMove:
         if not record["forced"]:
             del record["forced"]
         return record
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A version that did not become champion when it was registered."""
+
+    version: str
+    when: str
+    """UTC, ISO 8601: when it was registered."""
+    reason: str
+
+    @property
+    def date(self) -> str:
+        return f"{self.when[:16].replace('T', ' ')} UTC"
+
+    @property
+    def sentence(self) -> str:
+        return f"version {self.version} did not become champion: {self.reason}"
 
 
 def alias_history(tags: Mapping[str, str], alias: str) -> list[AliasMove]:

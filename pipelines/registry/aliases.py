@@ -26,15 +26,25 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from pipelines.registry.alias_moves import HISTORY_PREFIX, AliasMove, alias_history, full_history
+from pipelines.registry.alias_moves import (
+    HISTORY_PREFIX,
+    REJECTED_TAG,
+    AliasMove,
+    Rejection,
+    alias_history,
+    full_history,
+)
 from pipelines.registry.client import (
     CHAMPION,
     RegistryError,
     current_user,
     find_model,
     find_version,
+    list_versions,
     registry_client,
+    utc_time,
 )
+from pipelines.registry.descriptions import describe_moves
 
 PROPOSAL_PREFIX, VOTE_PREFIX = "propose.", "vote."
 # MLflow's rule, restricted to characters that a models:/ URI allows
@@ -194,6 +204,7 @@ def move_alias(
         lambda: find_model(client, name).tags, lambda key, text: _set_tag(client, name, key, text), proposal
     )
     applied = _apply_last_move(client, name, alias)
+    describe_moves(client, name)
     if decided.to != version:
         raise concurrent_promotion_error(name, version, decided)
     if not applied:
@@ -285,6 +296,15 @@ def _apply_last_move(client: MlflowClient, name: str, alias: str) -> bool:
             with suppress(MlflowException):
                 client.delete_registered_model_tag(name, key)
     return to != deleted
+
+
+def rejections(name: str, tracking_uri: str | None = None) -> list[Rejection]:
+    """The versions that did not become champion when they were registered, and why, oldest first."""
+    with registry_client(tracking_uri) as client:
+        return [
+            Rejection(str(version.version), utc_time(version.creation_timestamp), version.tags[REJECTED_TAG])
+            for version in list_versions(client, name, f"tags.{REJECTED_TAG} LIKE '%'")
+        ]
 
 
 def _stale_proposals(tags: Mapping[str, str], alias: str, count: int) -> list[str]:

@@ -12,8 +12,8 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model as ModelFile
 
-from data_prep.uris import path_from_file_url, quote_for_shell
-from pipelines.registry.alias_moves import AliasMove, full_history
+from data_prep.uris import path_from_file_url, quote_for_shell, redact_uri
+from pipelines.registry.alias_moves import REJECTED_TAG, AliasMove, Rejection, full_history
 from pipelines.registry.client import (
     download_artifact,
     find_model,
@@ -22,7 +22,9 @@ from pipelines.registry.client import (
     registry_client,
     utc_time,
 )
+from pipelines.registry.model_card import numbered, version_card
 from pipelines.registry.searching import SCORES_TAG, logged_model_id, version_scores
+from pipelines.tracking.pages import run_page
 
 MODEL_FIELDS = (
     *(
@@ -86,6 +88,8 @@ class VersionDetails(VersionRow):
     """URI of the version's files."""
     history: tuple[AliasMove, ...]
     """The alias moves to and from this version."""
+    card: str
+    """Its description in MLflow; computed from the record for versions of earlier releases."""
 
     def as_json(self) -> dict[str, Any]:
         """The output of `inpaint models show --json`."""
@@ -101,6 +105,14 @@ class ModelDetails:
     """alias -> version."""
     versions: tuple[VersionRow, ...]
     history: tuple[AliasMove, ...]
+    card: str
+    """Its description in MLflow; '' if it has none."""
+
+    @property
+    def rejections(self) -> list[Rejection]:
+        """The versions that did not become champion when they were registered, oldest first."""
+        rejected = [row for row in self.versions[::-1] if REJECTED_TAG in row.tags]
+        return [Rejection(row.version, row.created, row.tags[REJECTED_TAG]) for row in rejected]
 
     def as_json(self) -> dict[str, Any]:
         """The output of `inpaint models show --json`."""
@@ -124,6 +136,7 @@ def show(uri: str, tracking_uri: str | None = None) -> VersionDetails | ModelDet
                     _version_row(version, model.aliases) for version in list_versions(client, name)[::-1]
                 ),
                 history=tuple(full_history(model.tags)),
+                card=model.description or "",
             )
         version = find_version(client, uri)
         model = find_model(client, version.name)
@@ -132,9 +145,11 @@ def show(uri: str, tracking_uri: str | None = None) -> VersionDetails | ModelDet
         metadata: Mapping[str, Any] = (mlmodel and mlmodel.metadata) or {}
         training_run = metadata.get("training_run")
         example = (mlmodel.saved_input_example_info or {}) if mlmodel else {}
+        metrics = _version_metrics(client, version)
+        card = version.description or version_card(version.name, metadata, metrics, version.run_id)
         return VersionDetails(
             **vars(_version_row(version, model.aliases)),
-            metrics=_version_metrics(client, version),
+            metrics=metrics,
             model={key: metadata[key] for key in MODEL_FIELDS if key in metadata} or None,
             recipe=metadata.get("recipe"),
             shards=metadata.get("shards"),
@@ -154,6 +169,7 @@ def show(uri: str, tracking_uri: str | None = None) -> VersionDetails | ModelDet
             input_example=example.get("artifact_path"),
             files=client.get_model_version_download_uri(version.name, number),
             history=tuple(move for move in full_history(model.tags) if number in (move.from_, move.to)),
+            card=numbered(card, version.name, number),
         )
 
 
@@ -163,9 +179,9 @@ def locate_run(client: MlflowClient, run: str) -> str:
     if not uri.startswith("http"):
         return f"mlflow ui --backend-store-uri {quote_for_shell(uri)}"
     try:
-        return f"{uri.rstrip('/')}/#/experiments/{client.get_run(run).info.experiment_id}/runs/{run}"
+        return run_page(uri, client.get_run(run).info.experiment_id, run)
     except MlflowException:  # deleted, or this user may not read it
-        return uri
+        return redact_uri(uri)
 
 
 def locate_artifact(client: MlflowClient, run: str | None, path: str) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModelOutput, Metric
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model as ModelFile
 from mlflow.models import ModelSignature
@@ -35,8 +36,11 @@ from pipelines.registry.client import (
     list_versions,
     registry_client,
 )
+from pipelines.registry.descriptions import describe_model, describe_version
+from pipelines.registry.model_card import version_card
 from pipelines.registry.program_check import PROGRAM_FILE, sanitize_program
 from pipelines.registry.searching import SCORES_TAG, scores_json
+from pipelines.tracking.metric_names import valid_name
 from pipelines.weights import CheckpointInfo, save_weights
 
 TOLERANCE = 1e-5  # maximum absolute difference between the exported program and the eager completion
@@ -69,10 +73,12 @@ def register(
     ValueError: invalid name or metadata. RegistryError: the registry fails, or the export differs from the model.
     """
     check_model_name(name)
+    metrics = metrics or {}
     full_metadata = model_metadata(model, {**collect_provenance(), **(metadata or {})})
     with registry_client(tracking_uri, keep_retries=True) as client:
-        version = _keep_first_version(client, name, step_key)
-        if version is None:
+        registered = _keep_first_version(client, name, step_key)
+        card = version_card(name, full_metadata, metrics, run_id)
+        if registered is None:
             recorded = {key: full_metadata.get(key) for key in ("sigma", "size")}
             model_tags = {
                 "step_key": step_key,
@@ -82,17 +88,26 @@ def register(
             }
             with tempfile.TemporaryDirectory(prefix="inpaint-export-") as folder:
                 export_model(model, Path(folder, "model"), full_metadata, example)
-                model_id = _log_model(client, Path(folder, "model"), name, run_id, model_tags, metrics or {})
+                model_id = _log_model(client, Path(folder, "model"), name, run_id, model_tags, metrics)
             _ensure_registered_model(client, name)
-            tags = model_tags | {SCORES_TAG: scores_json(metrics or {})}
-            client.create_model_version(name, f"models:/{model_id}", run_id, tags=tags, model_id=model_id)
+            client.create_model_version(
+                name,
+                f"models:/{model_id}",
+                run_id,
+                tags=model_tags | {SCORES_TAG: scores_json(metrics)},
+                description=card,
+                model_id=model_id,
+            )
             # MLflow resends a request that is answered too late, which creates a second version: keep the first
-            version = _keep_first_version(client, name, step_key)
-        if version is None:
+            registered = _keep_first_version(client, name, step_key)
+        if registered is None:
             raise RegistryError(
                 f"the new version of {name} has vanished from the registry: run the command again"
             )
-        newest = client.get_registered_model(name).aliases.get(CANDIDATE)
+        version, registered_model = str(registered.version), client.get_registered_model(name)
+        describe_version(client, registered, card)
+        describe_model(client, registered_model, model.name, str(full_metadata.get("metric", "")))
+        newest = registered_model.aliases.get(CANDIDATE)
         if newest is None or int(newest) < int(version):
             client.set_registered_model_alias(name, CANDIDATE, version)
         return version
@@ -197,7 +212,9 @@ def _log_model(
     client.finalize_logged_model(model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(model_id, step=0)])
     # the run's start as the timestamp: a repeated call logs the same points
-    points = [Metric(key, float(value), run.start_time, 0, model_id) for key, value in metrics.items()]
+    points = [
+        Metric(valid_name(key), float(value), run.start_time, 0, model_id) for key, value in metrics.items()
+    ]
     for start in range(0, len(points), 1000):  # MLflow's limit per request
         client.log_batch(run_id, metrics=points[start : start + 1000])
     return model_id
@@ -211,9 +228,9 @@ def _ensure_registered_model(client: MlflowClient, name: str) -> None:
             raise
 
 
-def _keep_first_version(client: MlflowClient, name: str, step_key: str) -> str | None:
+def _keep_first_version(client: MlflowClient, name: str, step_key: str) -> ModelVersion | None:
     """The first version with this step key; later ones, which are copies, are deleted. None: there is none yet."""
     versions = list_versions(client, name, f"tags.step_key = '{step_key}'")
     for duplicate in versions[1:]:
         client.delete_model_version(name, str(duplicate.version))
-    return str(versions[0].version) if versions else None
+    return versions[0] if versions else None

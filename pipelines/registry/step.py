@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from mlflow import MlflowClient
 
+from data_prep.manifest import load_manifest
 from data_prep.records import to_json
+from data_prep.uris import redact_uri
 from pipelines.contracts import RegisterConfig, RegisterInputs, RegisterOutputs, RunSettings
 from pipelines.durable.mlflow_run import with_mlflow_run
 from pipelines.durable.steps import StepContext
+from pipelines.evaluation.methods import baseline_methods
 from pipelines.evaluation.photographs import split_photographs
 from pipelines.evaluation.results import EvaluationResult
+from pipelines.evaluation.tables import METRIC_COLUMNS
 from pipelines.evaluation.verdict import verdict
 from pipelines.plots.images import encode_png, sample_grid
 from pipelines.provenance import PROVENANCE_TAG, collect_provenance
+from pipelines.registry.alias_moves import REJECTED_TAG
 from pipelines.registry.aliases import ConcurrentPromotion, alias_state, promote
+from pipelines.registry.descriptions import describe_outcome
 from pipelines.registry.load import load_model
 from pipelines.registry.registration import register as register_model
 from pipelines.registry.searching import split_column
@@ -64,6 +71,7 @@ def register(
     )
     ctx.progress(1, 2, "comparing with the champion")
     is_champion, reason = promote_if_better(ctx, client, version, evaluation, score)
+    describe_outcome(client, name, version, is_champion, reason)
     runs.log_tags(
         client, run, {"inpaint.version": version, "inpaint.champion": is_champion, "inpaint.reason": reason}
     )
@@ -94,10 +102,29 @@ def make_version_record(
         "metric": config.metric,
         "training_run": trained.run_id,
         "sweep": None if origin is None else to_json(origin),
+        "source": redact_uri(load_manifest(ctx.storage.subfolder(shards.folder)).source),
+        "splits": dict(shards.splits),
+        "baselines": {
+            method: _rounded(evaluation.to_metrics(method))
+            for method in baseline_methods()
+            if method in evaluation.methods
+        },
+        "verdict": verdict(evaluation, ctx.config.model_key, config.metric).sentence("This version"),
     }
     return VersionRecord.from_record(
         record | (json.loads(provenance) if provenance else collect_provenance())
     )
+
+
+def _rounded(scores: Mapping[str, float]) -> dict[str, float]:
+    """The means over all photographs of the metrics that tables show, with six digits."""
+    shown = {metric for _, metric, _ in METRIC_COLUMNS} | {"fd", "kid"}
+    columns = {column: split_column(column) for column in scores}
+    return {
+        column: float(f"{scores[column]:.6g}")
+        for column, (_, band, metric) in columns.items()
+        if not band and metric in shown
+    }
 
 
 def metrics_by_band(evaluation: EvaluationResult, label: str) -> dict[str, float]:
@@ -133,7 +160,7 @@ def promote_if_better(
         if state.version is not None:
             better, reason, comparison = compare_with_champion(ctx, state.version, evaluation)
         if not better:
-            client.set_model_version_tag(name, version, "not_champion", reason)
+            client.set_model_version_tag(name, version, REJECTED_TAG, reason)
             return False, reason
         reason = f"{reason}; {caveat}" if caveat else reason
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipelines.evaluation.protocol import Protocol, short_digest
@@ -56,6 +56,14 @@ class VersionRecord:
     ray: dict[str, Any]
     samples: tuple[str, ...] = ()
     """Artifact paths of the run's sample grids."""
+    source: str = ""
+    """Address of the photographs."""
+    splits: dict[str, int] = field(default_factory=dict)
+    """split -> number of photographs in the shards."""
+    baselines: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Untrained method -> `masks/metric` -> score on the same photographs."""
+    verdict: str = ""
+    """A sentence that compares the version with the best untrained method."""
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> VersionRecord:

@@ -13,6 +13,7 @@ from typing import Any
 from pipelines.evaluation.metrics import higher_is_better
 
 SEED = "seed"  # the field whose values repeat one setting
+MAX_RUN_NAME_CHARS = 100
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
 
 FieldValues = dict[str, Any]
@@ -176,6 +177,19 @@ def format_values(values: Mapping[str, Any]) -> str:
         f"{path} {value:.4g}" if isinstance(value, float) else f"{path} {value}"
         for path, value in values.items()
     )
+
+
+def trial_run_name(values: Mapping[str, Any]) -> str:
+    """`sigma=2 lambda_adv2=0.1 seed=0`: the name of a trial's MLflow run. Fields of the same last name get their path."""
+    short_names = [path.rpartition(".")[2] for path in values]
+    parts = []
+    for name, (path, value) in zip(short_names, values.items(), strict=True):
+        text = f"{value:.4g}" if isinstance(value, float) else str(value)
+        if isinstance(value, list | tuple):
+            text = ",".join(f"{item:g}" if isinstance(item, float) else str(item) for item in value)
+        parts.append(f"{path if short_names.count(name) > 1 else name}={text}")
+    name = " ".join(parts)
+    return name if len(name) <= MAX_RUN_NAME_CHARS else f"{name[: MAX_RUN_NAME_CHARS - 1]}…"
 
 
 def best_recipe_file(sweep_name: str) -> str:

@@ -32,7 +32,7 @@ from pipelines.durable.task import ProgressReporter
 from pipelines.durable.workflow import RunResults, Workflow
 from pipelines.pipeline import SHARD_ID, edge_sigmas, edges_id, edges_step, train_step
 from pipelines.recipe import Recipe
-from pipelines.sweeps.results import SEED, FieldValues, Segment, format_values
+from pipelines.sweeps.results import SEED, FieldValues, Segment, format_values, trial_run_name
 from pipelines.sweeps.space import report_steps, sweep_section, swept_model, trial_recipe
 from pipelines.sweeps.trial_store import StoredTrial, TrialReport, read_trial
 from pipelines.tracking import runs
@@ -159,9 +159,8 @@ class TrialRunner:
             if self.copied_segments:
                 key += f"/{_segments_digest(segments[: self.copied_segments])}"
             tracking, client = self.context.tracking, self.context.tracking.client()
-            self.run_id = runs.open_run(
-                tracking, key, self.name, self.context.sweep_run_id, {"inpaint.trial": str(self.number)}
-            )
+            name, tags = trial_run_name(self.values) or self.name, {"inpaint.trial": str(self.number)}
+            self.run_id = runs.open_run(tracking, key, name, self.context.sweep_run_id, tags)
             # logged once: later changes by population-based training are logged as metrics
             runs.log_params(client, self.run_id, segments[0][1] if segments else stored.initial_values)
             if replaced:

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,9 @@ from data_prep.uris import (
 from pipelines.errors import error_text
 from pipelines.private import mlflow_tables as tables
 from pipelines.private.mlflow_tables import ARTIFACTS_FOLDER
+from pipelines.provenance import git_tags, source_tags
+from pipelines.tracking.descendants import ERROR_TAG, PARENT_TAG, end_descendants
+from pipelines.tracking.metric_names import valid_name
 from pipelines.tracking.moved_storage import relocate_if_moved
 from pipelines.tracking.server import TrackingError, check_server, explain_mlflow_error
 from pipelines.tracking_address import Tracking as Tracking
@@ -35,12 +37,14 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-    from data_prep.manifest import Manifest
     from pipelines.contracts import RegisterOutputs, RunSettings
 
 KEY_TAG = "inpaint.key"  # tag of a run by which it is found again
+SOURCE_TAGS = ("mlflow.user", "mlflow.source.name", "mlflow.source.type")  # of a run, and of its children
+GIT_TAGS = ("mlflow.source.git.commit", "mlflow.source.git.dirty")  # of the process that opened the run
+INTERRUPTIONS = ("KeyboardInterrupt", "SystemExit", "TaskCancelledError")  # Ray turns SIGTERM into SystemExit
 POINT_COUNTS_TAG = "inpaint.curves"  # tag of a run: JSON, metric -> number of its points
-MAX_METRICS_PER_REQUEST = 1000  # MLflow's limit
+MAX_METRICS_PER_REQUEST, MAX_PARAM_CHARS = 1000, 6000  # MLflow's limits
 RETRY_SECONDS = 2.0  # before CurvePublisher retries an unreachable server
 
 CurvePoint = tuple[int, dict[str, float]]  # step, metric -> value
@@ -109,38 +113,57 @@ def open_run(
     parent_run_id: str | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> str:
-    """Find the run tagged with `key`, or create it, and set it to RUNNING; returns its id."""
+    """Find the run tagged with `key`, or create it, and set it to RUNNING; returns its id.
+
+    A run without `tags` of its own has its parent's user and source. A resumed run has the commit of the code that
+    resumes it.
+    """
     experiment_id = ensure_experiment(tracking)  # first: its errors explain what is wrong
     client = tracking.client()
-    run_tags = {KEY_TAG: key} | ({"mlflow.parentRunId": parent_run_id} if parent_run_id else {})
+    run_tags = {KEY_TAG: key} | ({PARENT_TAG: parent_run_id} if parent_run_id else {})
     query = " and ".join(f"tags.`{tag}` = '{value}'" for tag, value in run_tags.items())
     matches = client.search_runs([experiment_id], query, max_results=1)
     if matches:
         run_id = matches[0].info.run_id
+        stored, new = matches[0].data.tags, git_tags() | dict(tags or {})
+        for tag in stored.keys() & {*GIT_TAGS, ERROR_TAG} - new.keys():
+            client.delete_tag(run_id, tag)
+        if changed := {tag: value for tag, value in new.items() if stored.get(tag) != value}:
+            log_tags(client, run_id, changed)
         client.update_run(run_id, status="RUNNING")
         return run_id
-    return client.create_run(experiment_id, run_name=name, tags=run_tags | dict(tags or {})).info.run_id
+    inherited = client.get_run(parent_run_id).data.tags if parent_run_id else source_tags("inpaint")
+    run_tags |= (
+        {tag: inherited[tag] for tag in SOURCE_TAGS if tag in inherited} | git_tags() | dict(tags or {})
+    )
+    return client.create_run(experiment_id, run_name=name, tags=run_tags).info.run_id
 
 
 @contextmanager
 def finish_run_on_exit(tracking: Tracking, run_id: str) -> Iterator[MlflowClient]:
-    """End the run as FINISHED, or as FAILED if the block raises. Yields a client."""
+    """End the run as FINISHED, as FAILED if the block raises, or as KILLED if it is interrupted. Yields a client.
+
+    Its descendants that are still RUNNING, because their processes died or were cancelled, end as KILLED.
+    """
     client = tracking.client()
     try:
         yield client
     except BaseException as error:
+        status = "KILLED" if type(error).__name__ in INTERRUPTIONS else "FAILED"
         with suppress(Exception):  # an unreachable server or a full disk must not hide the error
-            client.set_tag(run_id, "inpaint.error", error_text(error)[:500])
-            client.set_terminated(run_id, "FAILED")
+            client.set_tag(run_id, ERROR_TAG, error_text(error)[:500])
+            client.set_terminated(run_id, status)
+            end_descendants(client, run_id)
         raise
     client.set_terminated(run_id, "FINISHED")
+    end_descendants(client, run_id)
 
 
 def log_params(client: MlflowClient, run_id: str, params: Mapping[str, object]) -> None:
     """Log parameters as text. May be repeated with the same values."""
     from mlflow.entities import Param
 
-    values = [Param(key, str(value)[:6000]) for key, value in params.items()]
+    values = [Param(valid_name(key), str(value)[:MAX_PARAM_CHARS]) for key, value in params.items()]
     for start in range(0, len(values), 100):
         client.log_batch(run_id, params=values[start : start + 100])
 
@@ -150,7 +173,9 @@ def log_metrics(client: MlflowClient, run_id: str, values: Mapping[str, float], 
     from mlflow.entities import Metric
 
     start_time = client.get_run(run_id).info.start_time
-    metrics = [Metric(key, float(value), start_time + step, step) for key, value in values.items()]
+    metrics = [
+        Metric(valid_name(key), float(value), start_time + step, step) for key, value in values.items()
+    ]
     client.log_batch(run_id, metrics=metrics)
 
 
@@ -212,21 +237,6 @@ def _parse_counts(tag: str | None) -> dict[str, int]:
         if isinstance(counts, dict):
             return counts
     return {}
-
-
-def log_dataset(client: MlflowClient, run_id: str, source: str, manifest: Manifest) -> None:
-    """Log the shards as the run's dataset: MLflow shows name, digest and source as lineage."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    profile = json.dumps({"splits": dict(manifest.splits), "options": asdict(manifest.options)})
-    dataset = Dataset(
-        name=Path(source).name or source,
-        digest=manifest.digest[:36],
-        source_type="inpaint shards",
-        source=json.dumps({"uri": source}),
-        profile=profile,
-    )
-    client.log_inputs(run_id, [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
 
 def log_image(client: MlflowClient, run_id: str, name: str, png: bytes) -> None:

@@ -27,6 +27,7 @@ from pipelines.durable.task import ray_job_id, root_cause
 from pipelines.provenance import PROVENANCE_TAG, collect_provenance
 from pipelines.recipe import Scaling
 from pipelines.tracking import runs
+from pipelines.tracking.datasets import log_dataset
 from pipelines.tracking.runs import CurvePoint
 from pipelines.training.checkpoint import read_best_state, read_checkpoint, write_resume_state
 from pipelines.training.curves import CURVES_FILE, TrainingCurves
@@ -68,6 +69,7 @@ def train(
     ctx.progress(0, 0, "starting workers")
     if client:
         runs.log_tags(client, run_id, {PROVENANCE_TAG: json.dumps(collect_provenance())})
+        log_dataset(client, run_id, ctx.storage.subfolder(inputs.shards.folder), "train")
     state, points = fit(job, settings.scaling, ctx.persistent_folder, run_name, settings.keep_checkpoints)
     if client:
         runs.log_curves(client, run_id, points)

@@ -159,7 +159,7 @@ def test_nothing_else_is_sent(list_files: ListFiles, checkout: Path, tmp_path: P
     names = list_files(checkout, tmp_path / "package.zip")
     assert not names & set(STRAY_FILES)
     extra_files: set[str] = {
-        submitted: {"recipe.yaml", "pipelines/CODE"},
+        submitted: {"recipe.yaml", "pipelines/CODE", "pipelines/SUBMITTED_BY"},
         sent: {"pyproject.toml", "mine.yaml"},
         copied: {"constraints.txt", "pyproject.toml", "README.md", "LICENSE"},
     }[list_files]

@@ -46,7 +46,7 @@ def test_list_show_best_and_history(models: Run, chain: PipelineOutputs) -> None
     assert status == 0
     assert "encoder: 3 versions" in out
     assert "0123456789ab-dirty" in out
-    assert "1 -> 2" in out
+    assert " UTC  version 2 became champion instead of version 1, by " in out
     for text in ("encoder@champion", "encoder/2", "models:/encoder/2"):
         status, out, _ = models("show", text)
         assert out.startswith("encoder version 2 (champion), registered 20")
@@ -62,8 +62,11 @@ def test_list_show_best_and_history(models: Run, chain: PipelineOutputs) -> None
     assert [row["version"] for row in group["versions"]] == ["2", "3", "1"]
 
     status, out, _ = models("history", "encoder")
-    assert out.count("champion") == 2
-    assert "none -> 1" in out
+    first, second, third = out.splitlines()
+    assert " UTC  version 1 became champion, by " in first
+    assert " UTC  version 2 became champion instead of version 1, by " in second
+    assert " UTC  version 3 did not become champion: psnr_rgb_hole " in third
+    assert "of version 2 on the same photographs" in third
     assert json.loads(models("history", "encoder", "--json")[1])[1]["comparison"]["n"] == 29
 
 
@@ -77,14 +80,28 @@ def test_promote_and_rollback(models: Run) -> None:
     status, out, _ = models("promote", "encoder/3", "--force", "--reason", "for a test")
     assert status == 0
     assert out.endswith("encoder version 3 is now champion (before: version 2)\n")
-    assert "forced: for a test; psnr_rgb_hole" in models("history", "encoder")[1]
+    out = models("history", "encoder")[1]
+    assert "version 3 became champion instead of version 2, forced by " in out
+    assert ": for a test; psnr_rgb_hole" in out
     assert models("rollback", "encoder")[1] == "encoder: champion is version 2 again\n"
-    assert "rollback: by hand" in models("history", "encoder")[1]
+    out = models("history", "encoder")[1]
+    assert "champion went back from version 3 to version 2, by " in out
+    assert out.endswith(": by hand\n")
     assert models("promote", "encoder/2")[1] == "encoder version 2 is now champion (already)\n"
     by_alias = models("promote", "encoder@candidate", "--alias", "tried")
     assert by_alias[:2] == (0, "encoder version 3 is now tried\n")
     result = json.loads(models("promote", "encoder/1", "--alias", "shadow", "--json")[1])
     assert (result["alias"], result["before"], result["comparison"]) == ("shadow", None, None)
+
+
+def test_show_prints_the_card(models: Run) -> None:
+    status, out, _ = models("show", "encoder@champion", "--card")
+    assert status == 0
+    assert out.startswith("Context Encoders")
+    assert "## Scores" in out
+    assert "models:/encoder/2" in out
+    assert "## Alias history" in models("show", "encoder", "--card")[1]
+    assert json.loads(models("show", "encoder", "--card", "--json")[1])["card"].startswith("Context Encoders")
 
 
 def test_compare(models: Run, chain: PipelineOutputs, tmp_path: Path) -> None:

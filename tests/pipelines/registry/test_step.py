@@ -69,6 +69,9 @@ def test_a_version_records_its_provenance(chain: PipelineOutputs) -> None:
     ):
         assert words in text
     assert "not recorded" not in text
+    assert "champion    yes, since 20" in text
+    text = format_details(show("models:/encoder/3", chain.tracking.uri))
+    assert "champion    no: psnr_rgb_hole" in text
 
 
 def test_the_version_with_the_better_score_is_champion(chain: PipelineOutputs) -> None:
@@ -92,6 +95,43 @@ def test_the_version_with_the_better_score_is_champion(chain: PipelineOutputs) -
     tags = show("models:/encoder/3", chain.tracking.uri).tags
     assert "of version 2 on the same photographs" in tags["not_champion"]
     assert show("models:/encoder@candidate", chain.tracking.uri).version == "3"
+
+
+def test_every_version_and_model_has_a_card(chain: PipelineOutputs) -> None:
+    client = MlflowClient(chain.tracking.uri)
+    won, lost = (client.get_model_version("encoder", number).description for number in ("2", "3"))
+    splits = ", ".join(f"{count} {split}" for split, count in chain.shards.splits.items())
+    for words in (
+        "Context Encoders: Feature Learning by Inpainting. Pathak",
+        f"photographs: {splits}, of `x`",
+        "crops of 32 x 32 pixels",
+        "masks: center (holes of 25 % of the image)",
+        "100 steps, seed 1",
+        "commit `0123456789ab`, with uncommitted changes",
+        "values found by the sweep seeds: seed 1",
+        "Means over 29 test photographs of 32x32 pixels",
+        "| center masks | PSNR hole |",
+        "samples/center masks.png",
+        "inpaint fill models:/encoder/2 photo.png",
+        'registry.load_model("models:/encoder/2")',
+        "this version became `champion`: psnr_rgb_hole",
+    ):
+        assert words in won
+    assert "/VERSION" not in won
+    details = show("models:/encoder/2", chain.tracking.uri)
+    assert f"| **this version** | {details.metrics['center/psnr_rgb_hole']:.2f} |" in won
+    assert "this version did not become `champion`: psnr_rgb_hole" in lost
+    assert details.card == won
+    description = client.get_registered_model("encoder").description
+    for words in (
+        "Pathak",
+        "`candidate` is the newest version",
+        "better in `psnr_rgb_hole`",
+        "encoder@champion",
+        "UTC: version 2 became champion instead of version 1, by ",
+        "UTC: version 1 became champion, by ",
+    ):
+        assert words in description
 
 
 def test_a_champion_promoted_meanwhile_is_compared_with_too(

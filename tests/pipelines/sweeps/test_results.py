@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.sweeps.results import FAILED, STOPPED, SweepResult, TrialRecord
+from pipelines.sweeps.results import FAILED, STOPPED, SweepResult, TrialRecord, trial_run_name
 
 
 def trial(number: int, sigma: float, psnr: float, fd: float, seed: int = 0, **fields: Any) -> TrialRecord:
@@ -69,3 +69,20 @@ def test_a_result_survives_json() -> None:
     assert decoded.to_json() == original.to_json()
     assert decoded.trials[0].curve == [(10, 15.5)]
     assert decoded.trials[1] == original.trials[1]
+
+
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        ({"edges.sigma": 2, "model.lambda_adv2": 0.1, "seed": 0}, "sigma=2 lambda_adv2=0.1 seed=0"),
+        ({"model.lambda_p": 0.123456789, "edges.sigma": [1.0, 2.5]}, "lambda_p=0.1235 sigma=1,2.5"),
+        ({"models.a.lambda_p": 1, "models.b.lambda_p": 2}, "models.a.lambda_p=1 models.b.lambda_p=2"),
+        ({}, ""),
+    ],
+)
+def test_trials_are_named_by_their_values(values: dict[str, Any], name: str) -> None:
+    assert trial_run_name(values) == name
+
+
+def test_names_of_trials_are_short() -> None:
+    assert len(trial_run_name({f"model.lambda_{i}": i / 7 for i in range(40)})) == 100

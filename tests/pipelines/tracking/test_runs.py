@@ -53,6 +53,71 @@ def test_a_run_records_how_it_ended(tracking: Tracking) -> None:
     assert tracking.client().get_run(run).info.status == "FINISHED"
 
 
+def test_runs_carry_user_source_and_the_commit_of_the_code_that_runs(
+    tracking: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, commit = tracking.client(), "mlflow.source.git.commit"
+
+    def tags_of(run: str) -> dict[str, str]:
+        return dict(client.get_run(run).data.tags)
+
+    monkeypatch.setattr(runs, "git_tags", lambda: {commit: "aaa", "mlflow.source.git.dirty": "false"})
+    source = {"mlflow.user": "ann", "mlflow.source.name": "inpaint run x", "mlflow.source.type": "JOB"}
+    parent = runs.open_run(tracking, "tagged", "x", tags=source)
+    child = runs.open_run(tracking, "tagged-step", "shard", parent_run_id=parent)
+    for run in (parent, child):
+        assert tags_of(run).items() >= {**source, commit: "aaa"}.items()
+    monkeypatch.setattr(runs, "git_tags", lambda: {commit: "bbb", "mlflow.source.git.dirty": "true"})
+    assert runs.open_run(tracking, "tagged-step", "shard", parent_run_id=parent) == child
+    assert (tags_of(child)[commit], tags_of(child)["mlflow.source.git.dirty"]) == ("bbb", "true")
+    monkeypatch.setattr(runs, "git_tags", dict)  # continued by code whose commit is unknown
+    runs.open_run(tracking, "tagged-step", "shard", parent_run_id=parent)
+    assert commit not in tags_of(child)
+    assert tags_of(child)["mlflow.user"] == "ann"
+
+
+def test_nothing_stays_running_under_an_ended_run(tracking: Tracking) -> None:
+    client = tracking.client()
+    parent = runs.open_run(tracking, "family", "demo")
+    done = runs.open_run(tracking, "family-shard", "shard", parent_run_id=parent)
+    with runs.finish_run_on_exit(tracking, done):
+        pass
+    other = runs.open_run(tracking, "no-relative", "other")
+    sweep = runs.open_run(tracking, "family-sweep", "sweep", parent_run_id=parent)
+    trial = runs.open_run(tracking, "family-trial", "sigma=2", parent_run_id=sweep)
+    with pytest.raises(KeyboardInterrupt), runs.finish_run_on_exit(tracking, parent):
+        raise KeyboardInterrupt
+
+    def statuses() -> list[str]:
+        return [client.get_run(run).info.status for run in (parent, done, sweep, trial, other)]
+
+    assert statuses() == ["KILLED", "FINISHED", "KILLED", "KILLED", "RUNNING"]
+    assert "parent" in client.get_run(trial).data.tags["inpaint.error"]
+
+    # the same command continues: the same runs, without the errors of before
+    assert runs.open_run(tracking, "family", "demo") == parent
+    assert runs.open_run(tracking, "family-sweep", "sweep", parent_run_id=parent) == sweep
+    assert statuses() == ["RUNNING", "FINISHED", "RUNNING", "KILLED", "RUNNING"]
+    assert "inpaint.error" not in client.get_run(sweep).data.tags
+    with runs.finish_run_on_exit(tracking, parent), runs.finish_run_on_exit(tracking, sweep):
+        pass
+    assert statuses() == ["FINISHED", "FINISHED", "FINISHED", "KILLED", "RUNNING"]
+    client.set_terminated(other)
+
+
+def test_names_that_mlflow_would_refuse_are_replaced(tracking: Tracking) -> None:
+    client, run = tracking.client(), runs.open_run(tracking, "names", "train")
+    names = {"masks./data/masks (v2)/": 1, "löcher+a/psnr": 2, "x" * 300: 3, "train.steps.edge": 4}
+    runs.log_params(client, run, names)
+    runs.log_params(client, run, names)
+    runs.log_metrics(client, run, names)
+    data = client.get_run(run).data
+    assert len(data.params) == len(data.metrics) == 4
+    assert data.params["masks./data/masks _v2_"] == "1"
+    assert data.metrics["löcher_a/psnr"] == 2
+    assert data.params["train.steps.edge"] == "4"
+
+
 def test_repeated_points_are_logged_once(tracking: Tracking) -> None:
     client, run = tracking.client(), runs.open_run(tracking, "curves", "train")
     assert runs.log_curves(client, run, points(10, 60)) == 5

@@ -1,0 +1,236 @@
+"""The descriptions of registered models and of versions in MLflow: model cards in Markdown, from what is on record.
+
+A version's card says what the model is, on what it was trained, how it scored, its limits and how to use it. That of the
+registered model says how its versions and aliases are meant, and lists the moves of its aliases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from models import paper
+from pipelines.registry.alias_moves import AliasMove
+
+MAX_DESCRIPTION_CHARS = 5000  # of MLflow's column: MySQL and PostgreSQL refuse more
+MAX_OUTCOME_CHARS = 700
+MAX_LISTED_MOVES = 12
+HISTORY_HEADING, OUTCOME_HEADING = "## Alias history", "## Compared with the champion"
+UNNUMBERED = "/VERSION"  # in a card that is written before the version has its number
+
+
+def version_card(
+    name: str, metadata: Mapping[str, Any], metrics: Mapping[str, float], run_id: str | None
+) -> str:
+    """The card of a version. metadata: of its MLmodel file; metrics: `masks/band/metric` -> score. Missing parts of the
+    record, as in versions of earlier releases, are left out."""
+    model = str(metadata.get("model", name))
+    tables = _score_tables(metadata, metrics)
+    for shown in range(len(tables), -1, -1):
+        rest = [f"{len(tables) - shown} more mask sets: `inpaint models show {name}{UNNUMBERED}`"]
+        card = "\n\n".join(
+            part
+            for part in (
+                paper(model) or f"The inpainting model `{model}`.",
+                *_training(metadata),
+                *_scores(metadata, [*tables[:shown], *(rest if shown < len(tables) else [])]),
+                *_samples(metadata, run_id),
+                *_limits(metadata),
+                _usage(name, metadata),
+            )
+            if part
+        )
+        if len(card) <= MAX_DESCRIPTION_CHARS - MAX_OUTCOME_CHARS:
+            return card
+    return _truncate(card, MAX_DESCRIPTION_CHARS - MAX_OUTCOME_CHARS)
+
+
+def numbered(card: str, name: str, version: str) -> str:
+    """The card with the version's number in its commands."""
+    return card.replace(f"{name}{UNNUMBERED}", f"{name}/{version}")
+
+
+def with_outcome(card: str, is_champion: bool, reason: str) -> str:
+    """The card with the result of the comparison with the champion at registration."""
+    result = "became `champion`" if is_champion else "did not become `champion`"
+    text = f"\n\n{OUTCOME_HEADING}\n\nWhen it was registered, this version {result}: {reason}"
+    return card.partition(f"\n\n{OUTCOME_HEADING}")[0] + _truncate(text, MAX_OUTCOME_CHARS)
+
+
+def model_card(name: str, model: str, metric: str, moves: Sequence[AliasMove]) -> str:
+    """The description of a registered model. metric: the one that decides which version becomes champion, or ''."""
+    better = f"better in `{metric}`" if metric else "better"
+    about = paper(model) or f"The inpainting model `{model}`."
+    head = f"""{about}
+
+Each version is one trained model. Its description says on what it was trained, how it scored, and what its limits are.
+
+* `candidate` is the newest version.
+* `champion` is the best version so far. A new version becomes champion if it is {better} than the champion, which is \
+scored again on the same photographs and masks. `inpaint models promote` compares them in the same way.
+
+```sh
+inpaint models show {name}@champion
+inpaint fill models:/{name}@champion photo.png mask.png --out filled.png
+```"""
+    return with_history(head, name, moves)
+
+
+def with_history(description: str, name: str, moves: Sequence[AliasMove]) -> str:
+    """The description with the moves of the aliases, newest first; text above their heading is kept."""
+    head = description.partition(f"\n\n{HISTORY_HEADING}")[0]
+    if not moves:
+        return head
+    newest = [f"* {move.date}: {move.sentence}" for move in reversed(moves)]
+    for count in range(min(len(newest), MAX_LISTED_MOVES), 0, -1):
+        lines = newest[:count]
+        if hidden := len(newest) - count:
+            lines.append(f"* {hidden} earlier: `inpaint models history {name}`")
+        text = "\n\n".join([head, HISTORY_HEADING, "\n".join(lines)])
+        if len(text) <= MAX_DESCRIPTION_CHARS:
+            return text
+    return _truncate(text, MAX_DESCRIPTION_CHARS)
+
+
+def _training(metadata: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if imported := metadata.get("imported"):
+        lines.append(f"imported weights: {imported}")
+    size, holes = metadata.get("size"), _hole_range(metadata)
+    splits = metadata.get("splits") or {}
+    source = f"`{metadata['source']}`" if metadata.get("source") else ""
+    if splits:
+        counts = ", ".join(f"{count} {split}" for split, count in splits.items())
+        lines.append(f"photographs: {counts}, of {source or 'a source that is not on record'}")
+    if digest := metadata.get("shards"):
+        lines.append(f"shards: `{digest[:12]}`")
+    if size:
+        lines.append(f"crops of {size} x {size} pixels")
+    if masks := metadata.get("masks"):
+        lines.append(f"masks: {', '.join(masks)}{f' ({holes})' if holes else ''}")
+    if metadata.get("takes_edges") or metadata.get("needs_edges"):
+        sigmas = metadata.get("sigmas") or [metadata.get("sigma")]
+        kind = f", {metadata['edge_source']}" if metadata.get("edge_source") else ""
+        lines.append(f"edges: Canny, sigma {', '.join(f'{sigma:g}' for sigma in sigmas if sigma)}{kind}")
+    if metadata.get("steps"):
+        lines.append(f"{metadata['steps']} steps, seed {metadata.get('seed')}")
+    if sweep := metadata.get("sweep"):
+        lines.append(f"values found by the sweep {sweep.get('name')}: {sweep.get('values')}")
+    code = metadata.get("code") or {}
+    if code.get("commit"):
+        changes = ", with uncommitted changes" if code.get("dirty") == "true" else ""
+        lines.append(f"code: commit `{code['commit'][:12]}`{changes}")
+    return ["## Trained on", "\n".join(f"* {line}" for line in lines)] if lines else []
+
+
+def _hole_range(metadata: Mapping[str, Any]) -> str:
+    if not metadata.get("hole_range"):
+        return ""
+    low, high = (f"{100 * fraction:.0f}" for fraction in metadata["hole_range"])
+    return f"holes of {low if low == high else f'{low} to {high}'} % of the image"
+
+
+def _scores(metadata: Mapping[str, Any], tables: Sequence[str]) -> list[str]:
+    if not tables:
+        return []
+    protocol, scored_on = metadata.get("protocol") or {}, metadata.get("scored_on") or {}
+    sentences = []
+    if protocol.get("photographs"):
+        split = f"{scored_on['split']} " if scored_on.get("split") else ""
+        sizes = ", ".join(protocol.get("sizes") or ())
+        sentences.append(
+            f"Means over {protocol['photographs']} {split}photographs of {sizes} pixels, fixed masks with seed "
+            f"{protocol.get('seed')}."
+        )
+        sentences.append("Known pixels are kept. Only scores of the same protocol can be compared.")
+    return ["## Scores", " ".join(sentences), *tables, str(metadata.get("verdict") or "")]
+
+
+def _score_tables(metadata: Mapping[str, Any], metrics: Mapping[str, float]) -> list[str]:
+    """One table per mask set: the version over all photographs and by hole area, then the untrained methods."""
+    from pipelines.evaluation.tables import METRIC_COLUMNS
+    from pipelines.evaluation.verdict import TITLES
+    from pipelines.registry.searching import split_column
+
+    columns = [*METRIC_COLUMNS, ("FD", "fd", 2)]
+    rows: dict[str, dict[str, dict[str, float]]] = {}  # masks -> row's title -> metric -> score
+    for column, value in metrics.items():
+        masks, band, metric = split_column(column)
+        rows.setdefault(masks, {}).setdefault(band, {})[metric] = value
+    tables = []
+    for masks, bands in rows.items():
+        ordered = sorted(bands, key=lambda band: int(band.partition("-")[0]) if band else -1)
+        lines = [
+            (f"holes of {band} %" if band else "**this version**", bands[band])
+            for band in ordered
+            if not (band and len(bands) == 2)  # the only band repeats the means
+        ]
+        for method, scores in (metadata.get("baselines") or {}).items():
+            own = {
+                split_column(column)[2]: x for column, x in scores.items() if split_column(column)[0] == masks
+            }
+            lines.append((TITLES.get(method, method), own))
+        shown = [column for column in columns if any(column[1] in scores for _, scores in lines)]
+        if not shown:
+            continue
+        table = [
+            f"| {masks} masks | " + " | ".join(heading for heading, *_ in shown) + " |",
+            "|:--|" + "--:|" * len(shown),
+        ]
+        for title, scores in lines:
+            cells = [f"{scores[key]:.{digits}f}" if key in scores else "" for _, key, digits in shown]
+            table.append(f"| {title} | " + " | ".join(cells) + " |")
+        tables.append("\n".join(table))
+    return tables
+
+
+def _samples(metadata: Mapping[str, Any], run_id: str | None) -> list[str]:
+    """The first sample grid as a picture of MLflow's web pages, and where the files are."""
+    samples = metadata.get("samples") or ()
+    if not samples or not run_id:
+        return []
+    picture = f"![sample grid](get-artifact?path={quote(samples[0], safe='')}&run_uuid={run_id})"
+    return [
+        "## Samples",
+        picture,
+        f"Artifacts of run `{run_id}`: {', '.join(f'`{path}`' for path in samples)}",
+    ]
+
+
+def _limits(metadata: Mapping[str, Any]) -> list[str]:
+    lines = []
+    if holes := _hole_range(metadata):
+        lines.append(f"Trained on {holes}: expect worse results on larger holes.")
+    if size := metadata.get("size"):
+        lines.append(
+            f"Trained on {size} x {size} pixels: it has seen no structures larger than that. `inpaint fill` fills larger "
+            "photographs in windows."
+        )
+    if metadata.get("true_edges"):
+        lines.append("It gets the true edges of the whole photograph, also in the hole: for studies only.")
+    elif metadata.get("needs_edges"):
+        lines.append("It needs the edges outside the hole, at the same sigma. `inpaint fill` computes them.")
+    return ["## Limits", "\n".join(f"* {line}" for line in lines)] if lines else []
+
+
+def _usage(name: str, metadata: Mapping[str, Any]) -> str:
+    uri = f"models:/{name}{UNNUMBERED}"
+    return f"""## Use
+
+```sh
+inpaint fill {uri} photo.png mask.png --out filled.png
+```
+
+```python
+from pipelines import registry
+model = registry.load_model("{uri}")
+filled = model.complete(image, mask)  # uint8 [H,W,3]; mask [H,W], nonzero = hole
+
+import mlflow  # without this project: float32 [B,5,H,W], RGB in [0,1], mask, edge -> [B,3,H,W]
+model = mlflow.pyfunc.load_model("{uri}")
+```"""
+
+
+def _truncate(text: str, limit: int) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
