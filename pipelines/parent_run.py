@@ -11,6 +11,7 @@ from pipelines.durable.mlflow_run import flatten_config
 from pipelines.provenance import source_tags
 from pipelines.tracking import runs
 from pipelines.tracking.datasets import log_dataset
+from pipelines.tracking.markdown import spaced_columns
 from pipelines.tracking.pages import experiment_page
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def log_results(parent: ParentRun, recipe: Recipe, storage: Storage, results: Ru
             prefix = f"{key}/" if len(recipe.models) > 1 else ""
             scores = metrics_by_band(evaluation, key)
             runs.log_metrics(client, run, {f"{prefix}{name}": value for name, value in scores.items()})
-        runs.log_tags(client, run, {NOTE_TAG: table_markdown(evaluation)[:MAX_TAG_CHARS]})
+        runs.log_tags(client, run, {NOTE_TAG: spaced_columns(table_markdown(evaluation))[:MAX_TAG_CHARS]})
 
 
 def log_report(parent: ParentRun, html: str) -> None:

@@ -159,7 +159,10 @@ def _show(args: argparse.Namespace, uri: str) -> Answer:
 
     details = registry.show(args.model, uri)
     if args.card:
-        return {"card": details.card}, details.card or f"{args.model} has no description in MLflow"
+        from pipelines.tracking.markdown import without_spaces
+
+        card = without_spaces(details.card)
+        return {"card": card}, card or f"{args.model} has no description in MLflow"
     return details.as_json(), model_text.format_details(details)
 
 

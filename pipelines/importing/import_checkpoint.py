@@ -29,6 +29,7 @@ from pipelines.importing.matching import (
     format_keys,
     match_tensors,
 )
+from pipelines.provenance import source_tags
 from pipelines.recipe.load import read_yaml
 from pipelines.registry.registration import register
 from pipelines.tracking import runs
@@ -150,7 +151,8 @@ def register_import(
     params = {"layout": model.name, "source": imported.layout.source, "files": names, "sha256": digests}
     # the same weights from other files get a run of their own: the parameters of a run cannot change
     run_key = hashlib.sha256(f"{key} {names} {digests}".encode()).hexdigest()
-    run = runs.open_run(tracking, run_key, f"import-{model.name}")
+    tags = source_tags(f"inpaint import {model.name}")
+    run = runs.open_run(tracking, run_key, f"import-{model.name}", tags=tags)
     with runs.finish_run_on_exit(tracking, run) as client:
         runs.log_params(client, run, params | imported.options | metadata)
         return register(

@@ -69,7 +69,8 @@ class AliasMove:
 
     def as_json(self) -> dict[str, Any]:
         """The record for the tag. Deterministic: two processes that write the same move write the same text."""
-        record = {key.rstrip("_"): value for key, value in vars(self).items()}
+        # `text` is for people who see the tag in MLflow; it is not read
+        record = {"text": self.sentence} | {key.rstrip("_"): value for key, value in vars(self).items()}
         if record["comparison"] is None:
             del record["comparison"]
         if not record["forced"]:

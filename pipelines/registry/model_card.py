@@ -12,6 +12,7 @@ from urllib.parse import quote
 
 from models import paper
 from pipelines.registry.alias_moves import AliasMove
+from pipelines.tracking.markdown import spaced_columns
 
 MAX_DESCRIPTION_CHARS = 5000  # of MLflow's column: MySQL and PostgreSQL refuse more
 MAX_OUTCOME_CHARS = 700
@@ -101,7 +102,9 @@ def _training(metadata: Mapping[str, Any]) -> list[str]:
     splits = metadata.get("splits") or {}
     source = f"`{metadata['source']}`" if metadata.get("source") else ""
     if splits:
-        counts = ", ".join(f"{count} {split}" for split, count in splits.items())
+        counts = ", ".join(
+            f"{splits[split]} {split}" for split in ("train", "val", "test") if split in splits
+        )
         lines.append(f"photographs: {counts}, of {source or 'a source that is not on record'}")
     if digest := metadata.get("shards"):
         lines.append(f"shards: `{digest[:12]}`")
@@ -149,6 +152,7 @@ def _scores(metadata: Mapping[str, Any], tables: Sequence[str]) -> list[str]:
 
 def _score_tables(metadata: Mapping[str, Any], metrics: Mapping[str, float]) -> list[str]:
     """One table per mask set: the version over all photographs and by hole area, then the untrained methods."""
+    from pipelines.evaluation.results import masks_title
     from pipelines.evaluation.tables import METRIC_COLUMNS
     from pipelines.evaluation.verdict import TITLES
     from pipelines.registry.searching import split_column
@@ -175,26 +179,26 @@ def _score_tables(metadata: Mapping[str, Any], metrics: Mapping[str, float]) -> 
         if not shown:
             continue
         table = [
-            f"| {masks} masks | " + " | ".join(heading for heading, *_ in shown) + " |",
+            f"| {masks_title(masks)} | " + " | ".join(heading for heading, *_ in shown) + " |",
             "|:--|" + "--:|" * len(shown),
         ]
         for title, scores in lines:
             cells = [f"{scores[key]:.{digits}f}" if key in scores else "" for _, key, digits in shown]
             table.append(f"| {title} | " + " | ".join(cells) + " |")
-        tables.append("\n".join(table))
+        tables.append(spaced_columns("\n".join(table)))
     return tables
 
 
 def _samples(metadata: Mapping[str, Any], run_id: str | None) -> list[str]:
-    """The first sample grid as a picture of MLflow's web pages, and where the files are."""
+    """A picture, by its address relative to MLflow's pages, and where the sample grids are."""
     samples = metadata.get("samples") or ()
     if not samples or not run_id:
         return []
-    picture = f"![sample grid](get-artifact?path={quote(samples[0], safe='')}&run_uuid={run_id})"
+    path = quote(metadata.get("card_picture") or samples[0], safe="")
     return [
         "## Samples",
-        picture,
-        f"Artifacts of run `{run_id}`: {', '.join(f'`{path}`' for path in samples)}",
+        f"![samples](get-artifact?path={path}&run_uuid={run_id})",
+        f"All methods: {', '.join(f'`{path}`' for path in samples)} among the artifacts of run `{run_id}`.",
     ]
 
 

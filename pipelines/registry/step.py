@@ -25,6 +25,7 @@ from pipelines.plots.images import encode_png, sample_grid
 from pipelines.provenance import PROVENANCE_TAG, collect_provenance
 from pipelines.registry.alias_moves import REJECTED_TAG
 from pipelines.registry.aliases import ConcurrentPromotion, alias_state, promote
+from pipelines.registry.card_picture import card_picture
 from pipelines.registry.descriptions import describe_outcome
 from pipelines.registry.load import load_model
 from pipelines.registry.registration import register as register_model
@@ -34,6 +35,7 @@ from pipelines.registry.version_record import VersionRecord
 from pipelines.tracking import runs
 from pipelines.weights import as_local_folder, load_weights
 
+CARD_PICTURE = "card.png"
 PROMOTION_ATTEMPTS = 5  # each after a new comparison, if another version became champion meanwhile
 
 
@@ -56,9 +58,14 @@ def register(
     samples = {
         f"samples/{grid.title}.png": encode_png(sample_grid(grid)) for grid in evaluation.sample_grids()
     }
-    for path, png in samples.items():
+    picture = card_picture(evaluation, label, metric)
+    for path, png in [*samples.items(), *([(CARD_PICTURE, picture)] if picture else [])]:
         runs.log_image(client, run, path, png)
-    record = replace(make_version_record(ctx, client, evaluation), samples=tuple(samples))
+    record = replace(
+        make_version_record(ctx, client, evaluation),
+        samples=tuple(samples),
+        card_picture=CARD_PICTURE if picture else "",
+    )
     version = register_model(
         model,
         name=name,

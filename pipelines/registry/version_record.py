@@ -56,6 +56,8 @@ class VersionRecord:
     ray: dict[str, Any]
     samples: tuple[str, ...] = ()
     """Artifact paths of the run's sample grids."""
+    card_picture: str = ""
+    """Artifact path of the picture in the model card."""
     source: str = ""
     """Address of the photographs."""
     splits: dict[str, int] = field(default_factory=dict)

@@ -93,6 +93,18 @@ def check_traces(run: CliRun) -> None:
             assert tar.getnames()
     steps = run.query_mlflow("select value, count(*) from tags where key = 'inpaint.key' group by value")
     assert all(count == 1 for _, count in steps)  # one MLflow run per step, whatever the number of attempts
+    assert run.query_mlflow("select status, count(*) from runs where status != 'FINISHED' group by 1") == []
+    users = run.query_mlflow("select count(*) from tags where key = 'mlflow.user'")
+    assert users == [(len(steps),)]
+    assert run.query_mlflow("select distinct value from tags where key = 'mlflow.source.name'") == [
+        (f"inpaint run {run.recipe['name']}",)
+    ]
+    parent = f"select run_uuid from runs where name = '{run.recipe['name']}'"
+    names = {name for (name,) in run.query_mlflow(f"select key from params where run_uuid in ({parent})")}
+    assert {"data.size", "train.checkpoint_every", "models.edge_connect.name"} <= names
+    scores = {name for (name,) in run.query_mlflow(f"select key from metrics where run_uuid in ({parent})")}
+    assert {"context_encoder/center/psnr_rgb_hole", "edge_connect/center/psnr_rgb_hole"} <= scores
+    assert list(run.storage.glob("mlflow-artifacts/*/artifacts/report.html"))
     (parents,) = run.query_mlflow("select count(*) from tags where key = 'mlflow.parentRunId'")
     assert parents[0] == len(steps) - 1
 

@@ -11,7 +11,7 @@ import pytest
 from data_prep.uris import sqlite_url
 from pipelines import registry
 from pipelines.recipe.load import load_recipe
-from pipelines.sweeps.results import FAILED, FINISHED, STOPPED, SweepResult
+from pipelines.sweeps.results import FAILED, FINISHED, STOPPED, SweepResult, trial_run_name
 from support.cluster_harness import (
     PHOTOGRAPHS,
     CliRun,
@@ -70,13 +70,14 @@ def check_runs(run: CliRun) -> None:
     states = {FINISHED: "FINISHED", STOPPED: "KILLED", FAILED: "FAILED"}
     parent = "select value from tags where key = 'mlflow.parentRunId' and run_uuid ="
     for trial in result(run).trials:
-        rows = run.query_mlflow(f"select status from runs where run_uuid = '{trial.run}'")
-        assert rows == [(states[trial.state],)]
+        rows = run.query_mlflow(f"select status, name from runs where run_uuid = '{trial.run}'")
+        assert rows == [(states[trial.state], rows[0][1] if trial.changes else trial_run_name(trial.values))]
         assert run.query_mlflow(f"{parent} '{trial.run}'") == [(run.step_outputs("sweep")["run_id"],)]
         logged = dict(run.query_mlflow(f"select key, value from params where run_uuid = '{trial.run}'"))
         assert trial.changes or logged == {path: str(value) for path, value in trial.values.items()}
     trials = [f"'{trial.run}'" for trial in result(run).trials]
     assert len(set(trials)) == len(trials)
+    assert run.query_mlflow("select name from runs where status = 'RUNNING'") == []
 
 
 MODEL = "models.edge_connect-canny"

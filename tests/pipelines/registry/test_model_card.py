@@ -62,11 +62,11 @@ def test_a_card_has_data_scores_limits_and_use() -> None:
         "* photographs: 81 train, 9 val, 10 test, of `photos`",
         "* masks: center, box (holes of 6 to 25 % of the image)",
         "* edges: Canny, sigma 2",
-        "| center masks | PSNR hole | SSIM | FD |",
+        "| center masks&nbsp;&nbsp;&nbsp; | PSNR hole&nbsp;&nbsp;&nbsp; | SSIM&nbsp;&nbsp;&nbsp; | FD&nbsp;&nbsp;&nbsp; |",
         "| **this version** | 17.77 | 0.7693 | 767.20 |",
         "| Telea | 19.26 |  | 763.00 |",
         METADATA["verdict"],
-        "![sample grid](get-artifact?path=samples%2Fcenter%20masks.png&run_uuid=ab12)",
+        "![samples](get-artifact?path=samples%2Fcenter%20masks.png&run_uuid=ab12)",
         "* Trained on holes of 6 to 25 % of the image: expect worse results on larger holes.",
         "inpaint fill models:/fronts/VERSION photo.png mask.png --out filled.png",
     ):

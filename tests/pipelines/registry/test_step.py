@@ -110,8 +110,10 @@ def test_every_version_and_model_has_a_card(chain: PipelineOutputs) -> None:
         "commit `0123456789ab`, with uncommitted changes",
         "values found by the sweep seeds: seed 1",
         "Means over 29 test photographs of 32x32 pixels",
-        "| center masks | PSNR hole |",
-        "samples/center masks.png",
+        "| center masks&nbsp;&nbsp;&nbsp; | PSNR hole&nbsp;&nbsp;&nbsp; |",
+        "get-artifact?path=card.png&run_uuid=",
+        "All methods: `samples/center masks.png`",
+        "This version: ",
         "inpaint fill models:/encoder/2 photo.png",
         'registry.load_model("models:/encoder/2")',
         "this version became `champion`: psnr_rgb_hole",
@@ -119,6 +121,7 @@ def test_every_version_and_model_has_a_card(chain: PipelineOutputs) -> None:
         assert words in won
     assert "/VERSION" not in won
     details = show("models:/encoder/2", chain.tracking.uri)
+    assert {file.path for file in client.list_artifacts(details.run_id)} == {"card.png", "samples"}
     assert f"| **this version** | {details.metrics['center/psnr_rgb_hole']:.2f} |" in won
     assert "this version did not become `champion`: psnr_rgb_hole" in lost
     assert details.card == won
