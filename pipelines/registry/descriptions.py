@@ -48,7 +48,8 @@ def describe_moves(client: MlflowClient, name: str) -> None:
             if description:
                 text = with_history(description, name, moves)
             else:
-                tags = list_versions(client, name)[-1].tags
+                versions = list_versions(client, name)
+                tags = versions[-1].tags if versions else {}
                 metric = tags.get("inpaint.metric", "").partition(" ")[0]
                 text = model_card(name, tags.get("model", name), metric, moves)
             if text == description:

@@ -156,14 +156,16 @@ def finish_run_on_exit(tracking: Tracking, run_id: str) -> Iterator[MlflowClient
             end_descendants(client, run_id)
         raise
     client.set_terminated(run_id, "FINISHED")
-    end_descendants(client, run_id)
+    with suppress(Exception):  # the work is done
+        end_descendants(client, run_id)
 
 
 def log_params(client: MlflowClient, run_id: str, params: Mapping[str, object]) -> None:
     """Log parameters as text. May be repeated with the same values."""
     from mlflow.entities import Param
 
-    values = [Param(valid_name(key), str(value)[:MAX_PARAM_CHARS]) for key, value in params.items()]
+    texts = {valid_name(key): str(value)[:MAX_PARAM_CHARS] for key, value in params.items()}
+    values = [Param(key, text) for key, text in texts.items()]
     for start in range(0, len(values), 100):
         client.log_batch(run_id, params=values[start : start + 100])
 
