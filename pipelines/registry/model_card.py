@@ -37,7 +37,7 @@ def version_card(
                 *_training(metadata),
                 *_scores(metadata, [*tables[:shown], *(rest if shown < len(tables) else [])]),
                 *_samples(metadata, run_id),
-                *_limits(metadata),
+                *_limits(metadata, metrics),
                 _usage(name, metadata),
             )
             if part
@@ -147,7 +147,7 @@ def _scores(metadata: Mapping[str, Any], tables: Sequence[str]) -> list[str]:
             f"{protocol.get('seed')}."
         )
         sentences.append("Known pixels are kept. Only scores of the same protocol can be compared.")
-    return ["## Scores", " ".join(sentences), *tables, str(metadata.get("verdict") or "")]
+    return ["## Scores", str(metadata.get("verdict") or ""), " ".join(sentences), *tables]
 
 
 def _score_tables(metadata: Mapping[str, Any], metrics: Mapping[str, float]) -> list[str]:
@@ -170,7 +170,7 @@ def _score_tables(metadata: Mapping[str, Any], metrics: Mapping[str, float]) -> 
             for band in ordered
             if not (band and len(bands) == 2)  # the only band repeats the means
         ]
-        for method, scores in (metadata.get("baselines") or {}).items():
+        for method, scores in _baselines(metadata).items():
             own = {
                 split_column(column)[2]: x for column, x in scores.items() if split_column(column)[0] == masks
             }
@@ -202,8 +202,10 @@ def _samples(metadata: Mapping[str, Any], run_id: str | None) -> list[str]:
     ]
 
 
-def _limits(metadata: Mapping[str, Any]) -> list[str]:
+def _limits(metadata: Mapping[str, Any], metrics: Mapping[str, float]) -> list[str]:
     lines = []
+    if better := _better_baselines(metadata, metrics):
+        lines.append(f"Methods without training are better in `{metadata['metric']}`: {', '.join(better)}.")
     if holes := _hole_range(metadata):
         lines.append(f"Trained on {holes}: expect worse results on larger holes.")
     if size := metadata.get("size"):
@@ -216,6 +218,31 @@ def _limits(metadata: Mapping[str, Any]) -> list[str]:
     elif metadata.get("needs_edges"):
         lines.append("It needs the edges outside the hole, at the same sigma. `inpaint fill` computes them.")
     return ["## Limits", "\n".join(f"* {line}" for line in lines)] if lines else []
+
+
+def _baselines(metadata: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    """The untrained methods on record, in the order of the tables; the stored order is by name."""
+    from pipelines.evaluation.verdict import TITLES
+
+    recorded = metadata.get("baselines") or {}
+    return {method: recorded[method] for method in (*TITLES, *recorded) if method in recorded}
+
+
+def _better_baselines(metadata: Mapping[str, Any], metrics: Mapping[str, float]) -> list[str]:
+    """The titles of the untrained methods with a better mean in the deciding metric on the first mask set."""
+    from pipelines.evaluation.metrics import higher_is_better
+    from pipelines.evaluation.verdict import TITLES
+
+    metric = str(metadata.get("metric", ""))
+    column = next((name for name in metrics if name.rpartition("/")[2] == metric), "")
+    if not column:
+        return []
+    sign = 1 if higher_is_better(metric) else -1
+    return [
+        TITLES.get(method, method)
+        for method, scores in _baselines(metadata).items()
+        if column in scores and sign * (scores[column] - metrics[column]) > 0
+    ]
 
 
 def _usage(name: str, metadata: Mapping[str, Any]) -> str:
@@ -231,7 +258,8 @@ from pipelines import registry
 model = registry.load_model("{uri}")
 filled = model.complete(image, mask)  # uint8 [H,W,3]; mask [H,W], nonzero = hole
 
-import mlflow  # without this project: float32 [B,5,H,W], RGB in [0,1], mask, edge -> [B,3,H,W]
+# without this project: float32 [B,5,H,W] (RGB in [0,1], mask, edge) -> [B,3,H,W]
+import mlflow
 model = mlflow.pyfunc.load_model("{uri}")
 ```"""
 

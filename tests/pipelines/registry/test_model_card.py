@@ -31,6 +31,7 @@ METADATA = {
     "protocol": {"photographs": 10, "sizes": ["64x64"], "seed": 0},
     "scored_on": {"split": "test"},
     "baselines": {"telea": {"center/psnr_rgb_hole": 19.264, "center/fd": 763.0}},
+    "metric": "psnr_rgb_hole",
     "verdict": "edge_connect: 17.77 dB in the hole, 1.49 dB worse than Telea.",
     "samples": ["samples/center masks.png"],
 }
@@ -67,6 +68,7 @@ def test_a_card_has_data_scores_limits_and_use() -> None:
         "| Telea | 19.26 |  | 763.00 |",
         METADATA["verdict"],
         "![samples](get-artifact?path=samples%2Fcenter%20masks.png&run_uuid=ab12)",
+        "* Methods without training are better in `psnr_rgb_hole`: Telea.",
         "* Trained on holes of 6 to 25 % of the image: expect worse results on larger holes.",
         "inpaint fill models:/fronts/VERSION photo.png mask.png --out filled.png",
     ):
