@@ -96,10 +96,10 @@ def check_traces(run: CliRun) -> None:
     assert run.query_mlflow("select status, count(*) from runs where status != 'FINISHED' group by 1") == []
     users = run.query_mlflow("select count(*) from tags where key = 'mlflow.user'")
     assert users == [(len(steps),)]
-    assert run.query_mlflow("select distinct value from tags where key = 'mlflow.source.name'") == [
-        (f"inpaint run {run.recipe['name']}",)
-    ]
-    parent = f"select run_uuid from runs where name = '{run.recipe['name']}'"
+    parent = "select run_uuid from runs where run_uuid not in (select run_uuid from tags where key = 'mlflow.parentRunId')"
+    ((name,),) = run.query_mlflow(f"select name from runs where run_uuid in ({parent})")
+    sources = run.query_mlflow("select distinct value from tags where key = 'mlflow.source.name'")
+    assert sources == [(f"inpaint run {name}",)]
     names = {name for (name,) in run.query_mlflow(f"select key from params where run_uuid in ({parent})")}
     assert {"data.size", "train.checkpoint_every", "models.edge_connect.name"} <= names
     scores = {name for (name,) in run.query_mlflow(f"select key from metrics where run_uuid in ({parent})")}
