@@ -157,7 +157,7 @@ def shard_command(args: argparse.Namespace) -> int:
     source = open_source(args.source, options.size, args.root)
     with doing(f"listing the photographs of {source.uri}"):
         next(iter(source.list_photos()), None)  # fail on a bad source before Ray starts
-    with ray_session(args.debug), ProgressDisplay() as display:
+    with ray_session(args.debug, args.command), ProgressDisplay() as display:
         on_progress = progress_callback(display, "shard")
         manifest = shard_photographs(
             args.source, dest, options, args.partition_size, on_progress, args.max_reject_fraction, args.root
@@ -187,7 +187,7 @@ def edges_command(args: argparse.Namespace) -> int:
 
     shards = open_storage(args.shards)
     load_manifest(shards)  # fail on missing or damaged shards before Ray starts
-    with ray_session(args.debug), ProgressDisplay() as display:
+    with ray_session(args.debug, args.command), ProgressDisplay() as display:
         edge_storages = {sigma: shards.subfolder(f"edges/sigma-{sigma:g}") for sigma in args.sigma}
         make_edge_tars(shards, edge_storages, progress_callback(display, "edges"))
         display("edges", "finished", note=", ".join(f"sigma {sigma:g}" for sigma in edge_storages))
@@ -236,7 +236,7 @@ def _check_and_repair(args: argparse.Namespace) -> int:
 
     checker = ShardCheck.load(open_storage(args.shards), args.sigma)
     manifest_findings = checker.check_manifests()
-    with ray_session(args.debug), ProgressDisplay() as display:
+    with ray_session(args.debug, args.command), ProgressDisplay() as display:
 
         def report(name: str) -> Callable[..., None]:
             return lambda done, total, note="": (

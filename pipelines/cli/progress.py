@@ -84,7 +84,7 @@ class ProgressDisplay:
 
     def __call__(self, name: str, state: str, done: float = 0, total: float = 0, note: str = "") -> None:
         if state == "note":
-            self.console.print(f"  {name}: {note}", markup=False, soft_wrap=True)
+            self.console.print(f"  {name.replace('/', ': ')}: {note}", markup=False, soft_wrap=True)
             return
         step, _, part = name.partition("/")
         parts = self._part_fractions.setdefault(step, {})

@@ -224,7 +224,7 @@ def _run_with_display(
         print(f"recipe {recipe.name}: storage {workflow.storage.uri}, MLflow {parent.address}", flush=True)
         with (
             mlflow_runs.finish_run_on_exit(tracking, parent.run_id),
-            ray_session(args.debug),
+            ray_session(args.debug, recipe.name),
             ProgressDisplay() as display,
             run_status.StatusWriter(workflow) as status_writer,
         ):

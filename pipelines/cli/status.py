@@ -116,6 +116,7 @@ def parse_run_name(args: argparse.Namespace) -> tuple[str | None, Storage]:
 
 def _print_status(workflow: Workflow, progress: dict[str, StepProgress]) -> None:
     from pipelines.contracts import StepKind
+    from pipelines.durable.run_status import seconds_since
 
     steps = workflow.status()
     rows = []
@@ -125,6 +126,10 @@ def _print_status(workflow: Workflow, progress: dict[str, StepProgress]) -> None
             note = f"{_format_progress(progress[step.name])}; {note}"
         rows.append([step.name, step.state, str(step.attempts or ""), format_seconds(step.seconds), note])
     print_table(["step", "state", "attempts", "seconds", "note"], rows)
+    for step in steps:
+        if step.state == "running" and step.name in progress:
+            for note in progress[step.name].notes:
+                print(f"{step.name}: {note.text} ({seconds_since(note.at):.0f} s ago)")
     for step in steps:
         if step.id.kind == StepKind.SWEEP and step.key:
             _print_trials(workflow, step.key)

@@ -19,7 +19,7 @@ from typing import Any
 from data_prep.network import bypass_proxy_for_loopback, describe_proxy
 from data_prep.uris import is_s3_uri, normalize_storage_uri, normalize_tracking_uri, path_from_sqlite_url
 from pipelines.cluster import local_cluster, loopback
-from pipelines.cluster.session import SESSION_ENV_VARS
+from pipelines.cluster.session import JOB_NAME, SESSION_ENV_VARS
 from pipelines.private.ray import silence_job_logging
 from pipelines.provenance import CODE_FILE, USER_FILE, code_version, user_name
 from pipelines.recipe import Recipe
@@ -51,7 +51,7 @@ def submit(recipe: Recipe, client: Any) -> str:
             entrypoint=ENTRYPOINT,
             submission_id=submission_id(recipe),
             runtime_env={"working_dir": str(folder), "env_vars": SESSION_ENV_VARS | JOB_ENV_VARS},
-            metadata={"recipe": recipe.name, "digest": recipe.digest},
+            metadata={JOB_NAME: recipe.name, "recipe": recipe.name, "digest": recipe.digest},
         )
 
 

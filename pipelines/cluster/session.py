@@ -37,6 +37,10 @@ SESSION_ENV_VARS = {
 }
 
 
+JOB_NAME = "job_name"
+"""The key of a job's metadata with the name that Ray's dashboard shows."""
+
+
 class SessionError(RuntimeError):
     """Ray cannot be started or joined; one line with Ray's message."""
 
@@ -46,8 +50,11 @@ SINGLE_NODE_ENV_VARS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 
 
 @contextmanager
-def ray_session(debug: bool = False) -> Iterator[None]:
+def ray_session(debug: bool = False, job_name: str = "") -> Iterator[None]:
     """Join the cluster at RAY_ADDRESS if it is set; otherwise start Ray on this machine, without a dashboard.
+
+    `job_name`: shown for this driver in Ray's dashboard and by `ray job list`; a submitted job has its own. Without
+    `debug`, Ray's reports of dead processes and nodes, with pages of its logs, are not printed.
 
     Unlike `ray.init()`, never joins a cluster that merely runs on this machine. Ray is on loopback if it is started here
     or if its cluster is; the variables for that are restored afterwards. Raises HeadError if no cluster answers,
@@ -60,23 +67,26 @@ def ray_session(debug: bool = False) -> Iterator[None]:
     for key, value in SESSION_ENV_VARS.items():
         os.environ.setdefault(key, value)
     import ray
+    from ray.job_config import JobConfig
 
     if ray.is_initialized():
         raise SessionError("this process is already connected to Ray: call ray.shutdown() first")
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"job_config": JobConfig(metadata={JOB_NAME: job_name})}
     if head.starts_ray:
         folder, note = private_ray_folder()
-        options = {"include_dashboard": False, **ray_internals.temp_dir_option(folder)}
+        options |= {"include_dashboard": False, **ray_internals.temp_dir_option(folder)}
         if note:
             notices.note(note)
     elif registered := os.environ.get(MODELS_ENV_VAR):  # a Ray that is started here inherits the environment
-        options = {"runtime_env": {"env_vars": {MODELS_ENV_VAR: registered}}}
+        options |= {"runtime_env": {"env_vars": {MODELS_ENV_VAR: registered}}}
     level = logging.INFO if debug else logging.ERROR
     with ExitStack() as stack:
         if head.on_loopback:
             stack.enter_context(loopback.ray_on_loopback())
         if head.starts_ray:
             stack.enter_context(set_environment(SINGLE_NODE_ENV_VARS))
+        if not debug:
+            stack.enter_context(ray_internals.hidden_raylet_reports())
         try:
             ray.init(address=head.address, log_to_driver=debug, logging_level=level, **options)
         except Exception as error:

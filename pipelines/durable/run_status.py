@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 STATUS_FOLDER, SUFFIX, PROGRESS_SUFFIX = "status", ".json", ".progress.json"
 WRITE_SECONDS = 10.0  # between writes of the steps' progress
+MAX_NOTES = 6  # of a step: a lost worker, its node and the resumption, twice
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,15 @@ class RecordedRun:
 
 
 @dataclass(frozen=True)
+class StepNote:
+    """A note of a running step."""
+
+    at: str
+    """UTC, ISO 8601."""
+    text: str
+
+
+@dataclass(frozen=True)
 class StepProgress:
     """The last report of a step."""
 
@@ -84,11 +94,18 @@ class StepProgress:
     """Since the first report."""
     at: str
     """UTC, ISO 8601."""
+    notes: tuple[StepNote, ...] = ()
+    """The last notes of the running step, such as lost workers; oldest first."""
 
     @property
     def age_seconds(self) -> float:
         """Seconds since the report, by this machine's clock."""
-        return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(self.at)).total_seconds())
+        return seconds_since(self.at)
+
+
+def seconds_since(at: str) -> float:
+    """Seconds since a time in UTC, ISO 8601, by this machine's clock."""
+    return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds())
 
 
 def save_workflow(workflow: Workflow) -> None:
@@ -190,6 +207,7 @@ class StatusWriter:
         self.key = f"{STATUS_FOLDER}/{workflow.name}{PROGRESS_SUFFIX}"
         self.reports: dict[str, StepProgress] = {}
         self.first_reports: dict[str, tuple[float, float]] = {}  # step -> done and time of its first report
+        self.notes: dict[str, tuple[StepNote, ...]] = {}
         self.lock, self.stopped = threading.Lock(), threading.Event()
         self.dirty = True  # the stored progress is an earlier run's
         self.thread = threading.Thread(target=self._write_forever, name="status writer", daemon=True)
@@ -207,15 +225,23 @@ class StatusWriter:
         if event.substep:  # a trial of a sweep: the sweep's trial store records more
             return
         name, done, total = event.step, event.done, event.total
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         with self.lock:
-            if event.state != "running":
+            if event.state == "note":
+                self.notes[name] = (*self.notes.get(name, ()), StepNote(now, event.note))[-MAX_NOTES:]
+                if name in self.reports:
+                    self.reports[name] = replace(self.reports[name], notes=self.notes[name])
+                    self.dirty = True
+            elif event.state != "running":
                 self.first_reports.pop(name, None)
+                self.notes.pop(name, None)
                 self.dirty |= self.reports.pop(name, None) is not None
             elif total:
                 first, start_time = self.first_reports.setdefault(name, (done, time.monotonic()))
                 seconds = time.monotonic() - start_time
-                now = datetime.now(UTC).isoformat(timespec="seconds")
-                self.reports[name] = StepProgress(done, total, event.note, first, seconds, now)
+                self.reports[name] = StepProgress(
+                    done, total, event.note, first, seconds, now, self.notes.get(name, ())
+                )
                 self.dirty = True
 
     def _write_forever(self) -> None:

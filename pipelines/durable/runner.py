@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import socket
@@ -15,10 +14,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from data_prep.records import to_json
 from data_prep.storage import TEMPORARY, StorageError
 from pipelines.durable import lease
 from pipelines.durable.lease import Lease, LeaseHeld
+from pipelines.durable.lost_nodes import LostNodes
 from pipelines.durable.steps import (
     OnEvent,
     OutputFile,
@@ -31,15 +30,16 @@ from pipelines.durable.steps import (
     attempt_folder,
     canonical_json,
     persistent_folder,
+    record_bytes,
     step_key,
 )
 from pipelines.durable.task import (
     REPORT_SECONDS,
     AttemptError,
     AttemptOutcome,
-    ProgressActor,
     ProgressReporter,
-    run_step,
+    start_progress_actor,
+    submit_step,
     to_attempt_error,
 )
 from pipelines.durable.workflow import (
@@ -54,8 +54,6 @@ from pipelines.errors import error_text
 
 HEARTBEAT_SECONDS = 2.0  # between checks of the leases and of the local Ray node
 GRACE_SECONDS = 5.0  # for interrupted steps to clean up before they are killed
-# Not in the placement group that this process may run in: a trial's driver is a Ray task.
-ANY_NODE: dict[str, Any] = {"scheduling_strategy": "DEFAULT"}
 
 
 @dataclass
@@ -70,21 +68,26 @@ class _RunningAttempt:
 
 
 def run_workflow(
-    workflow: Workflow, on_event: OnEvent = lambda event: None, held_lease: Lease | None = None
+    workflow: Workflow,
+    on_event: OnEvent = lambda event: None,
+    held_lease: Lease | None = None,
+    part_of: str = "",
 ) -> RunResults:
     """Run the steps that are not finished; returns all outputs. The caller initialises Ray.
 
-    `on_event` is called with every StepEvent. `held_lease`: the workflow's lease, if the caller has acquired it. Raises
-    StepFailed once the steps that do not depend on the failed one are finished, and LeaseHeld if another driver is
-    running this workflow or one of its steps.
+    `on_event` is called with every StepEvent. `held_lease`: the workflow's lease, if the caller has acquired it.
+    `part_of`: the part of a run, such as a trial, that this is; it precedes the names of tasks, and the run announces
+    lost nodes. Raises StepFailed once the steps that do not depend on the failed one are finished, and LeaseHeld if
+    another driver is running this workflow or one of its steps.
     """
     with held_lease or workflow.acquire_lease():
-        return WorkflowRunner(workflow, on_event).run()
+        return WorkflowRunner(workflow, on_event, part_of).run()
 
 
 class WorkflowRunner:
-    def __init__(self, workflow: Workflow, on_event: OnEvent) -> None:
+    def __init__(self, workflow: Workflow, on_event: OnEvent, part_of: str = "") -> None:
         self.workflow, self.storage, self.on_event = workflow, workflow.storage, on_event
+        self.part_of, self.lost_nodes = part_of, LostNodes()
         self.finished: dict[StepId, StepManifest] = dict(workflow.finished_manifests)
         self.failed: dict[StepId, RuntimeError] = {}
         self.running: dict[ray.ObjectRef, _RunningAttempt] = {}
@@ -172,7 +175,7 @@ class WorkflowRunner:
         self, step: Step, key: str, inputs: dict[StepId, StepManifest], step_lease: Lease, tries: int
     ) -> None:
         if self.progress_actor is None:
-            self.progress_actor = ray.remote(num_cpus=0, max_restarts=-1, **ANY_NODE)(ProgressActor).remote()
+            self.progress_actor = start_progress_actor()
         record = self.create_attempt_record(key)
         number = record.attempt
         self.delete_attempt_files(key, number - 1)
@@ -189,9 +192,8 @@ class WorkflowRunner:
             progress=ProgressReporter(self.progress_actor, step.id),
             input_manifests=inputs,
         )
-        # No CPU: a step waits for its own tasks or trainer, which need the CPUs.
-        remote_step = ray.remote(num_cpus=0, max_retries=0, **ANY_NODE)(run_step).options(name=step.name)
-        task = remote_step.remote(step.function, context, step.outputs_type)
+        name = f"{self.part_of} {step.name}".strip()
+        task = submit_step(name, step.function, context, step.outputs_type)
         self.running[task] = _RunningAttempt(
             step, step_lease, inputs, context, record, tries, time.monotonic()
         )
@@ -257,10 +259,10 @@ class WorkflowRunner:
         path = manifest_path(context.key)
         if not attempt.lease.renew():
             raise _lease_lost_error(step)
-        if not self.storage.put_if_absent(path, _json_bytes(manifest)):
+        if not self.storage.put_if_absent(path, record_bytes(manifest)):
             existing, _ = self.workflow.read_valid_manifest(step, context.key)
             if existing is None:  # written by a driver that lost its lease; its outputs are deleted
-                self.storage.write(path, _json_bytes(manifest))
+                self.storage.write(path, record_bytes(manifest))
             manifest = existing or manifest
         self.delete_attempt_files(context.key, context.attempt, keep=manifest.attempt)
         return manifest
@@ -272,7 +274,7 @@ class WorkflowRunner:
         while True:
             number += 1
             record = AttemptRecord(number, key, datetime.now(UTC).isoformat(timespec="seconds"), driver)
-            if self.storage.put_if_absent(attempt_path(key, number), _json_bytes(record)):
+            if self.storage.put_if_absent(attempt_path(key, number), record_bytes(record)):
                 return record
 
     def finish_attempt_record(
@@ -287,7 +289,7 @@ class WorkflowRunner:
         )
         # A full disk must not hide the attempt's error.
         with suppress(StorageError) if error else nullcontext():
-            self.storage.write(attempt_path(record.key, record.attempt), _json_bytes(record))
+            self.storage.write(attempt_path(record.key, record.attempt), record_bytes(record))
 
     def delete_attempt_files(self, key: str, last: int, keep: int = 0) -> None:
         """Delete the folders of attempts 1 to `last` but `keep`, and temporary files of killed processes."""
@@ -312,16 +314,18 @@ class WorkflowRunner:
             self.pending_read = None
 
     def check_alive(self) -> None:
-        """Raise if a lease was lost or the local Ray node has died.
+        """Raise if a lease was lost or the local Ray node has died; announce other nodes that have.
 
         A driver whose raylet was killed would wait for ever: its tasks continue, but no new task can start.
         """
         for attempt in self.running.values():
             if attempt.lease.lost:
                 raise _lease_lost_error(attempt.step)
-        node_id = ray.get_runtime_context().get_node_id()
-        if any(node["NodeID"] == node_id and not node["Alive"] for node in ray.nodes()):
+        node_id, nodes = ray.get_runtime_context().get_node_id(), ray.nodes()
+        if any(node["NodeID"] == node_id and not node["Alive"] for node in nodes):
             raise StepFailed("Ray on this machine died; run again to continue")
+        if (text := self.lost_nodes.describe_new(nodes)) and not self.part_of and self.running:
+            self.emit(next(iter(self.running.values())).step, "note", text)
 
     def cancel_all(self, error: BaseException) -> None:
         """Cancel the running tasks, and kill them after GRACE_SECONDS. Never masks `error`, the reason for it."""
@@ -342,7 +346,3 @@ def _lease_lost_error(step: Step) -> LeaseHeld:
     return LeaseHeld(
         f"step {step.name!r} was taken over by another driver: this one did not renew its lease in time"
     )
-
-
-def _json_bytes(value: StepManifest | AttemptRecord) -> bytes:
-    return json.dumps(to_json(value), indent=1, sort_keys=True, ensure_ascii=False).encode()

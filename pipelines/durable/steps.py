@@ -52,8 +52,9 @@ InputIds = Mapping[str, StepId | tuple[StepId, ...] | Mapping[Any, StepId]]
 class StepEvent:
     """A state change or progress report of a step.
 
-    States: cached (finished in an earlier run), running, retry, finished, failed; note for a remark of Step.check;
-    stopped for a substep. `substep`: a part of the step that is displayed beside it, such as one trial of a sweep.
+    States: cached (finished in an earlier run), running, retry, finished, failed; stopped for a substep; note for a remark
+    of Step.check, or for what happens meanwhile, such as a lost worker. `substep`: a part of the step that is displayed
+    beside it, such as one trial of a sweep.
     """
 
     id: StepId
@@ -245,6 +246,11 @@ def persistent_folder(key: str) -> str:
 def canonical_json(value: Any) -> str:
     """The value as JSON; equal values give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def record_bytes(value: Any) -> bytes:
+    """A manifest, or another record, as the text of its file."""
+    return json.dumps(to_json(value), indent=1, sort_keys=True, ensure_ascii=False).encode()
 
 
 def step_key(step: Step, inputs: Mapping[StepId, StepManifest]) -> str:

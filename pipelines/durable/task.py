@@ -9,7 +9,7 @@ import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from pkgutil import resolve_name
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import OutOfMemoryError, WorkerCrashedError
@@ -20,7 +20,12 @@ from pipelines.durable import memory
 from pipelines.durable.steps import StepContext, StepEvent, StepId
 from pipelines.errors import explain_error
 
+if TYPE_CHECKING:
+    from pipelines.contracts import ProgressCallback
+
 REPORT_SECONDS = 0.2  # between reports of one step, and between reads of all reports
+# Not in the placement group that this process may run in: a trial's driver is a Ray task.
+ANY_NODE: dict[str, Any] = {"scheduling_strategy": "DEFAULT"}
 
 # Errors that a retry cannot fix: the user's and the programmer's.
 PERMANENT_ERRORS: tuple[type[Exception], ...] = (
@@ -93,26 +98,63 @@ class ProgressReporter:
                 self.timer.daemon = True
                 self.timer.start()
 
+    def announce(self, text: str) -> None:
+        """Show a note beside the progress, at once; unlike reports, no later one replaces it."""
+        self._send(StepEvent(self.step, "note", note=text, substep=self.substep))
+
     def send(self) -> None:
         with self.lock:
             event, self.pending, self.timer, self.sent_at = self.pending, None, None, time.monotonic()
         if event:
-            with suppress(Exception):  # the driver may have died, or this task may be ending
-                self.actor.report.remote(event)
+            self._send(event)
+
+    def _send(self, event: StepEvent) -> None:
+        with suppress(Exception):  # the driver may have died, or this task may be ending
+            self.actor.report.remote(event)
+
+
+def announce(progress: ProgressCallback | None, text: str) -> None:
+    """Show a note beside a step's progress; does nothing where nobody follows the step."""
+    if isinstance(progress, ProgressReporter):
+        progress.announce(text)
 
 
 class ProgressActor:
-    """The Ray actor between the steps and the driver: the newest event of each step and substep since the last read."""
+    """The Ray actor between the steps and the driver.
+
+    It holds the notes since the last read, and the newest other event of each step and substep.
+    """
 
     def __init__(self) -> None:
+        self.notes: list[StepEvent] = []
         self.events: dict[tuple[str, str], StepEvent] = {}
 
     def report(self, event: StepEvent) -> None:
-        self.events[event.step, event.substep] = event
+        if event.state == "note":
+            self.notes.append(event)
+        else:
+            self.events[event.step, event.substep] = event
 
     def read(self) -> list[StepEvent]:
-        events, self.events = self.events, {}
-        return list(events.values())
+        """The notes, oldest first, then the other events."""
+        read = [*self.notes, *self.events.values()]
+        self.notes, self.events = [], {}
+        return read
+
+
+def start_progress_actor() -> Any:
+    """Start a ProgressActor. Its calls, several per second, are not listed among the tasks in Ray's dashboard."""
+    options: dict[str, Any] = {"max_restarts": -1, "max_task_retries": -1, "enable_task_events": False}
+    return ray.remote(ProgressActor).options(num_cpus=0, **options, **ANY_NODE).remote()
+
+
+def submit_step(
+    name: str, function: str, context: StepContext[Any, Any, Any], outputs_type: type
+) -> ray.ObjectRef:
+    """Submit an attempt as a Ray task of this name, which the dashboard and `ps` show."""
+    # No CPU: a step waits for its own tasks or trainer, which need the CPUs.
+    remote_step = ray.remote(num_cpus=0, max_retries=0, **ANY_NODE)(run_step)
+    return remote_step.options(name=name).remote(function, context, outputs_type)
 
 
 def run_step(function: str, context: StepContext[Any, Any, Any], outputs_type: type) -> AttemptOutcome:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,10 @@ PRIVATE_APIS: dict[str, tuple[str, str]] = {
     "ray._private.services.find_node_ids": (
         "the ids of the nodes whose raylets run on this machine",
         "`inpaint cluster leave` does not know which nodes leave",
+    ),
+    "ray._raylet.setproctitle": (
+        "names a trial's process; Ray Tune's own name is that of its class",
+        "`ps` shows every trial of a sweep as ray::ImplicitFunc.train",
     ),
     "ray._raylet.GcsClient": (
         "a client of the head that is not a driver, so that it does not join the cluster",
@@ -88,6 +93,10 @@ PRIVATE_APIS: dict[str, tuple[str, str]] = {
     "ray.init(_temp_dir)": (
         "the folder of a Ray started here: its socket paths may have at most 107 bytes, and no other user owns it",
         "a private Ray uses /tmp/ray, which another user may own, or fails in a long TMPDIR",
+    ),
+    "ray._private.ray_logging.stdout_deduplicator.skip_re": (
+        "the pattern of RAY_DEDUP_LOGS_SKIP_REGEX, which Ray reads once, at import: lines that a driver does not print",
+        "when a node dies, a page of its raylet's log, with [state-dump] lines, appears among the run's progress",
     ),
     "ray._private.runtime_env.packaging": (
         "the name of a logger that reports every upload",
@@ -196,6 +205,39 @@ def _channel(address: str) -> Any:
     from ray._private.grpc_utils import init_grpc_channel
 
     return init_grpc_channel(address, [("grpc.enable_http_proxy", 0)])
+
+
+RAYLET_REPORTS = "|".join(
+    (
+        r"Raylet is terminated",
+        r"\[state-dump\]",
+        r"A worker died or was killed while",
+        r"has been marked dead because",
+        r"worker processes have been started on node",
+    )
+)
+"""Of dead processes and nodes, with the ends of their logs, and of busy nodes: printed whatever log_to_driver says."""
+
+
+@contextmanager
+def hidden_raylet_reports() -> Iterator[None]:
+    """Inside this context, drivers do not print Ray's reports of dead or busy nodes and of dead workers."""
+    from ray._private.ray_logging import stdout_deduplicator
+
+    previous = stdout_deduplicator.skip_re
+    patterns = [RAYLET_REPORTS, *([previous.pattern] if previous else [])]
+    stdout_deduplicator.skip_re = re.compile("|".join(patterns))
+    try:
+        yield
+    finally:
+        stdout_deduplicator.skip_re = previous
+
+
+def set_process_title(title: str) -> None:
+    """The name of this Ray worker process in `ps`, until Ray sets that of its next task."""
+    import ray._raylet
+
+    ray._raylet.setproctitle(title)  # type: ignore[attr-defined]
 
 
 def temp_dir_option(folder: str) -> dict[str, Any]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ray
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.checkpoint.sync_actor import SynchronizationActor
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     NoopDecision,
     ScalingDecision,
 )
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
+from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 from ray.train.v2.api.config import ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
@@ -23,6 +26,7 @@ __all__ = [
     "ScalingDecision",
     "WorkerGroupPollStatus",
     "WorkerGroupState",
+    "hide_internal_calls",
 ]
 
 PRIVATE_APIS: dict[str, tuple[str, str]] = {
@@ -65,4 +69,18 @@ PRIVATE_APIS: dict[str, tuple[str, str]] = {
         "no policy",
     ),
     "ray.train.v2._internal.execution.worker_group.WorkerGroupState": ("the policy's argument", "no policy"),
+    "ray.train.v2._internal.execution.worker_group.worker.RayTrainWorker.poll_status": (
+        "the controller's question to each worker, several times a second; marked as no task to list",
+        "Ray's dashboard lists tens of thousands of poll_status tasks an hour, and none of the others",
+    ),
+    "ray.train.v2._internal.execution.checkpoint.sync_actor.SynchronizationActor._default_options": (
+        "the options of the actor that each worker calls at every log point; marked as no tasks to list",
+        "as without poll_status",
+    ),
 }
+
+
+def hide_internal_calls() -> None:
+    """In a controller, before it starts workers: do not list Ray Train's own calls among the tasks in Ray's dashboard."""
+    ray.method(enable_task_events=False)(RayTrainWorker.poll_status)
+    SynchronizationActor._default_options["enable_task_events"] = False

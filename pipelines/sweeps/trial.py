@@ -31,6 +31,7 @@ from pipelines.durable.steps import Step, StepEvent, StepFailed, StepId, StepMan
 from pipelines.durable.task import ProgressReporter
 from pipelines.durable.workflow import RunResults, Workflow
 from pipelines.pipeline import SHARD_ID, edge_sigmas, edges_id, edges_step, train_step
+from pipelines.private.ray import set_process_title
 from pipelines.recipe import Recipe
 from pipelines.sweeps.results import SEED, FieldValues, Segment, format_values, trial_run_name
 from pipelines.sweeps.space import report_steps, sweep_section, swept_model, trial_recipe
@@ -104,6 +105,7 @@ def run_trial(config: dict[str, Any], context: SweepContext) -> None:
             for until in report_steps(sweep_section(context.recipe), context.start_step, context.total_steps):
                 if until <= steps:
                     continue
+                set_process_title(f"ray::{trial.title}")  # Ray Tune's next task has reset it
                 segments = [*segments, (until, trial.values)]
                 result = trial.train_segment(segments)
                 scored = trial.score(segments) if until == context.total_steps else None
@@ -138,6 +140,7 @@ class TrialRunner:
         self.context, self.number, self.values = context, number, values
         self.run_id, self.name = "", f"trial-{number:04d}"
         self.copied_segments = 0  # how many of its segments were trained by another trial
+        self.title = trial_title(number, values).replace(",", "")  # Ray's messages separate by commas
         self.progress = context.progress.child(trial_title(number, values))
 
     def report_progress(self, done: float, total: float, note: str = "", state: str = "running") -> None:
@@ -209,14 +212,18 @@ class TrialRunner:
         )
         while True:
             try:
-                return run_workflow(workflow.with_settings(trial_run_id=self.run_id), self._on_event)
+                return run_workflow(
+                    workflow.with_settings(trial_run_id=self.run_id), self._on_event, part_of=self.title
+                )
             except LeaseHeld as busy:  # another trial computes the same edges, or has the same values
                 self.report_progress(0, self.context.total_steps, str(busy))
                 time.sleep(RETRY_SECONDS)
 
     def _on_event(self, event: StepEvent) -> None:
         total = self.context.total_steps
-        if event.state == "retry":
+        if event.state == "note":
+            self.progress.announce(f"{event.step}: {event.note}")
+        elif event.state == "retry":
             self.report_progress(0, total, f"{event.step}: retry: {event.note}")
         elif event.state == "running" and event.kind == StepKind.TRAIN:
             if event.total:

@@ -21,6 +21,7 @@ from data_prep.stream import BatchStream
 from models import build_model
 from models.base import make_schedule
 from pipelines.downloads import with_local_weights
+from pipelines.durable.task import announce
 from pipelines.tracking.runs import CurvePoint, CurvePublisher
 from pipelines.training.checkpoint import (
     CHECKPOINT_FILES,
@@ -31,6 +32,7 @@ from pipelines.training.checkpoint import (
 )
 from pipelines.training.job import TrainJob
 from pipelines.training.learner import Learner
+from pipelines.training.lost_workers import announce_resume
 from pipelines.training.monitoring import LossMeter, TrainMonitor
 from pipelines.training.validation_set import ValidationSet
 
@@ -50,6 +52,8 @@ def train_loop(job: TrainJob) -> None:
     stream = make_stream(job, rank, world_size)
     if monitor and start:  # after a crash MLflow may lack points of this checkpoint
         monitor.publish_on_commit(start, lambda _: True, partial(keep_best_checkpoint, job))
+    if monitor and ray.train.get_checkpoint() is not None:
+        announce_resume(job.progress, start, world_size)
     with monitor or nullcontext():
         for step, batch in enumerate(stream.iter_batches(start, total), start):
             meter.batch_ready()
@@ -62,6 +66,8 @@ def train_loop(job: TrainJob) -> None:
                     monitor.record(done, means)
                 # a collective call: all ranks make it
                 preempted = not preemption_handled and ray.train.get_preemption_info() is not None
+                if monitor and preempted:
+                    announce(job.progress, f"a node will shut down: saving a checkpoint at step {done}")
                 preemption_handled = preemption_handled or preempted
             if done % job.config.train.checkpoint_every == 0 or done == total or preempted:
                 save_checkpoint(job, learner, done, monitor, is_last=preempted or done == total)

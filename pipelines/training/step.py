@@ -32,6 +32,7 @@ from pipelines.tracking.runs import CurvePoint
 from pipelines.training.checkpoint import read_best_state, read_checkpoint, write_resume_state
 from pipelines.training.curves import CURVES_FILE, TrainingCurves
 from pipelines.training.job import TrainFolders, TrainJob, WorkerCompute
+from pipelines.training.lost_workers import AnnounceLostWorkers
 from pipelines.training.process_group import ProcessGroupConfig
 from pipelines.training.ray_filesystem import ray_storage_location
 from pipelines.training.ray_train import FastStartTrainer
@@ -147,6 +148,7 @@ def fit(
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=scaling.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=keep_checkpoints),
+                callbacks=[AnnounceLostWorkers(job)],
             ),
         ).fit()
     except Exception as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -192,6 +193,7 @@ class Schedule:
     nodes: Nodes
     run: CliRun
     mlflow: MlflowServer | None = None
+    output: str = ""  # of all its drivers
 
     def play(self) -> None:
         rng = random.Random(self.seed)
@@ -210,6 +212,7 @@ class Schedule:
             time.sleep(rng.uniform(0, 0.3))  # in the middle of a step
             driver = getattr(self, f"lose_{kind}")(rng, driver)
         assert self.run.finish(driver) == 0, f"{self.kinds}: {self.run.output}"
+        self.output += self.run.output
 
     def start(self) -> subprocess.Popen[str]:
         return self.run.start(*(("--tracking-uri", self.mlflow.uri) if self.mlflow else ()))
@@ -225,13 +228,17 @@ class Schedule:
         return driver
 
     def lose_driver(self, rng: random.Random, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
-        driver.kill()
-        driver.wait()
+        self.kill(driver)
         return self.start()
 
-    def lose_everything(self, rng: random.Random, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
+    def kill(self, driver: subprocess.Popen[str]) -> None:
         driver.kill()
         driver.wait()
+        assert driver.stdout is not None
+        self.output += driver.stdout.read()
+
+    def lose_everything(self, rng: random.Random, driver: subprocess.Popen[str]) -> subprocess.Popen[str]:
+        self.kill(driver)
         self.nodes.restart_cluster()
         check_not_ahead_of_checkpoints(self.run.storage)
         self.run.environment = self.nodes.environment
@@ -283,9 +290,24 @@ def test_killed_processes_do_not_change_the_weights(
     run = _training(make_run, nodes, f"disturbed-{ranks}", {"workers": ranks, "max_failures": 10}, steps)
     run.storage.mkdir()
     with MlflowServer(run.storage) as server:
-        Schedule(ranks, kinds, nodes, run, server).play()
+        schedule = Schedule(ranks, kinds, nodes, run, server)
+        schedule.play()
+    check_announcements(schedule, ranks)
     assert run.weights_digest(MODEL) == expected.weights_digest(MODEL)
     check(run)
+
+
+def check_announcements(schedule: Schedule, ranks: int) -> None:
+    """The person who follows the run reads what was lost and where training resumed, and none of Ray's logs."""
+    output, kinds = schedule.output, schedule.kinds
+    resumed = re.findall(rf"train-{MODEL}: resuming from step (\d+) with {ranks} workers", output)
+    assert len(resumed) >= len(set(kinds) & set(KINDS)), output
+    assert all(int(step) % CHECKPOINT_EVERY == 0 < int(step) for step in resumed)
+    lost = re.findall(rf"train-{MODEL}: (a worker was|\d workers were) lost \(", output)
+    assert len(lost) >= len(set(kinds) & {"worker", "node"}), output
+    nodes = re.findall(r"node node-\d \(127.0.0.1\) was lost; the cluster now has \d nodes", output)
+    assert len(nodes) == kinds.count("node"), output
+    assert not re.search(r"\[state-dump\]|Raylet is terminated|marked dead", output), output
 
 
 @pytest.mark.soak

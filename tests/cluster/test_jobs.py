@@ -24,7 +24,7 @@ import boto3
 import pytest
 from mlflow import MlflowClient
 
-from pipelines.cluster import local_cluster
+from pipelines.cluster import local_cluster, service_process
 from pipelines.cluster.services import read_env_file
 from support.cluster_harness import (
     clean_environment,
@@ -87,6 +87,15 @@ class Deployment:
     def submit(self, *arguments: str, **variables: str) -> tuple[int, str]:
         return self.call("submit", *arguments, "--address", self.cluster.jobs_url, **variables)
 
+    def get(self, path: str) -> Any:
+        """An answer of the dashboard."""
+        request = urllib.request.Request(
+            self.cluster.jobs_url + path,
+            headers={"Authorization": f"Bearer {self.cluster.token_file.read_text()}"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
     @property
     def s3(self) -> Any:
         return boto3.client(
@@ -112,26 +121,21 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> I
         "PYTHONPATH": f"{ROOT}",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
-    servers = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_STATE_HOME", base["XDG_STATE_HOME"])
         try:
+            inpaint = [sys.executable, "-m", "pipelines"]
             for name in ("mlflow", "s3"):
-                port = free_port()
-                command = [sys.executable, "-m", "pipelines", "services", name, "--port", str(port)]
-                with open(folder / f"{name}.log", "w") as log:
-                    servers.append(
-                        subprocess.Popen(
-                            command, cwd=folder, env=base, stdout=log, stderr=log, start_new_session=True
-                        )
-                    )
-            files = [folder / "mlflow" / "mlflow.env", folder / "s3" / "s3.env"]
-            wait_for(lambda: all(file.exists() for file in files), "the services' keys", servers[0])
+                command = [*inpaint, "services", name, "--port", str(free_port()), "--detach"]
+                subprocess.run(command, env=base, cwd=folder, check=True, timeout=180)
+            files = [
+                folder / name / f"{name}{suffix}" for name in ("mlflow", "s3") for suffix in (".env", ".log")
+            ]
             assert {file.stat().st_mode & 0o777 for file in files} == {0o600}
-            server, bucket = map(read_env_file, files)
-            command = [sys.executable, "-m", "pipelines", "cluster", "up", "--nodes", "2"]
+            server, bucket = map(read_env_file, files[::2])
+            assert _status(f"{server['MLFLOW_TRACKING_URI']}/health") == 200
+            command = [*inpaint, "cluster", "up", "--nodes", "2"]
             subprocess.run(command, env=base | server | bucket, cwd=folder, check=True, timeout=120)
-            wait_for(lambda: _status(f"{server['MLFLOW_TRACKING_URI']}/health") == 200, "MLflow", servers[0])
             cluster = local_cluster.load("local")
             assert cluster is not None
             secrets = PLANTED | {
@@ -144,9 +148,8 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, photographs: Path) -> I
             for name in ("local", "doomed"):
                 if (cluster := local_cluster.load(name)) is not None:
                     local_cluster.stop(cluster)
-            for process in servers:
-                kill_processes(process_tree(process.pid))
-                process.wait()
+            for record in service_process.list_records():
+                service_process.stop(record)
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +195,38 @@ def test_submit_follows_a_run_to_its_registered_model(
     assert all(re.fullmatch("[0-9a-f]{40}", entry["code"]["commit"]) for entry in provenance)
 
 
+def test_detached_services_show_no_secret_in_a_command_line_and_stop(deployment: Deployment) -> None:
+    """What is stopped is an S3 server in a folder of its own; the deployment's servers continue."""
+    status, output = deployment.call("services", "status")
+    assert status == 0, output
+    pids = {name: int(pid) for name, pid in re.findall(r"^(\w+) +running +http://\S+ +(\d+) ", output, re.M)}
+    assert set(pids) == {"mlflow", "s3"}
+    lines = [" ".join(process.cmdline()) for pid in pids.values() for process in process_tree(pid)]
+    assert not [line for line in lines if any(secret in line for secret in deployment.secrets.values())]
+    status, output = deployment.call("services", "s3", "--port", str(free_port()), "--detach")
+    assert status == 1
+    assert f"runs already at {deployment.bucket['AWS_ENDPOINT_URL']} (process {pids['s3']})" in output
+    port = str(free_port())
+    status, output = deployment.call("services", "s3", "--folder", "other", "--port", port, "--detach")
+    assert status == 0, output
+    status, output = deployment.call("services", "stop", "--folder", "other")
+    assert status == 0, output
+    assert output.endswith(f"the s3 server of {deployment.folder}/other is stopped: 1 process\n")
+    assert deployment.call("services", "status")[0] == 0
+
+
+def test_the_run_is_named_in_the_dashboard_and_its_progress_is_no_task(
+    submitted: tuple[int, str, set[str]], deployment: Deployment
+) -> None:
+    (job,) = re.findall(r"job (demo-\S+) is submitted", submitted[1])
+    assert deployment.get(f"/api/jobs/{job}")["metadata"]["job_name"] == "demo"
+    tasks = deployment.get("/api/v0/tasks?limit=10000&detail=false")["data"]["result"]["result"]
+    names = [task["name"] for task in tasks]
+    assert {"shard", "train-context_encoder", "evaluate"} <= set(names)
+    polls = ("ProgressActor.", "RayTrainWorker.poll", "SynchronizationActor.broadcast")
+    assert not [name for name in names if name.startswith(polls)]
+
+
 def test_nothing_listens_beyond_loopback(submitted: tuple[int, str, set[str]]) -> None:
     assert submitted[2] == set()
 
@@ -231,7 +266,7 @@ def test_no_secret_is_in_package_logs_storage_or_mlflow(
     ]
     assert any(path.name == "recipe.yaml" for path in files)  # the package, as it arrived
     assert any(path.name.startswith("job-driver-") for path in files)
-    for path in [*files, *deployment.cluster.folder.glob("*.log"), *deployment.folder.glob("*.log")]:
+    for path in [*files, *deployment.cluster.folder.glob("*.log"), *deployment.folder.glob("*/*.log")]:
         search(str(path), path.read_bytes())
     keys = modification_times(deployment).keys()
     assert any(key.endswith("model.safetensors") for key in keys)
@@ -280,12 +315,9 @@ def test_plain_ray_job_submit_from_a_checkout(
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"train-context_encoder +cached", done.stdout)
     assert before.items() <= modification_times(deployment).items()
-    asked = urllib.request.Request(
-        f"{deployment.cluster.jobs_url}/api/jobs/plain",
-        headers={"Authorization": f"Bearer {deployment.cluster.token_file.read_text()}"},
-    )
-    with urllib.request.urlopen(asked) as answer:
-        assert json.load(answer)["job_id"]  # a job has one once its driver has joined this cluster
+    assert deployment.get("/api/jobs/plain")[
+        "job_id"
+    ]  # a job has one once its driver has joined this cluster
     (package,) = set(packages(deployment)) - old_packages
     assert sum(path.stat().st_size for path in package.rglob("*")) < 5e6
     names = {path.name for path in package.iterdir() if path.suffix != ".yaml"} - {"__pycache__"}
@@ -476,8 +508,13 @@ def test_down_stops_only_its_own_cluster(deployment: Deployment) -> None:
     wait_for(lambda: not doomed.nodes[1].is_alive, "the node's end")
     status, output = deployment.call("cluster", "status", *name)
     assert status == 1
-    assert re.search(r"head +alive", output)
-    assert re.search(r"node-1 +dead", output)
+    assert re.search(r"head +alive +\d+ +1$", output, re.M)
+    assert re.search(r"node-1 +dead +\d+ +0$", output, re.M)
+    assert "1 of 2 nodes are alive, with 1 CPUs; inpaint cluster up --name doomed starts the others" in output
+    status, output = deployment.call("cluster", "up", *name)
+    assert (status, "is up already, with 2 nodes, 1 of them started now" in output) == (0, True), output
+    status, output = deployment.call("cluster", "status", *name)
+    assert (status, "2 of 2 nodes are alive, with 2 CPUs\n" in output) == (0, True), output
     status, output = deployment.call("cluster", "down", *name)
     assert status == 0, output
     assert doomed.processes() == []

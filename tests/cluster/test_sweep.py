@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from data_prep.uris import sqlite_url
@@ -103,7 +106,7 @@ SWEEP = (
 def test_a_shipped_sweep_resumes_after_a_kill_and_registers_a_version(
     photographs: Path, make_run: Callable[..., CliRun]
 ) -> None:
-    """Three trials; one of them always fails."""
+    """Three trials; one of them always fails. `ps` shows which trial a process belongs to."""
     run = make_run("killed")
     (run.folder / "photos").symlink_to(photographs)
     run.command, run.recipe_arguments = "sweep", ("edge_connect-sigma", *SWEEP)
@@ -112,11 +115,18 @@ def test_a_shipped_sweep_resumes_after_a_kill_and_registers_a_version(
     def running_trials() -> set[int]:
         return {trial["number"] for trial in stored_trials(run) if trial["state"] == "running"}
 
-    wait_for(
-        lambda: FINISHED in {trial["state"] for trial in stored_trials(run)} and running_trials(),
-        "a finished trial",
-        driver,
-    )
+    titles: set[str] = set()
+
+    def is_one_finished() -> bool:
+        for process in process_tree(driver.pid):
+            with suppress(psutil.Error):
+                titles.add(" ".join(process.cmdline()))
+        return bool(FINISHED in {trial["state"] for trial in stored_trials(run)} and running_trials())
+
+    wait_for(is_one_finished, "a finished trial", driver)
+    names = {match[1] for text in titles if (match := re.match(r"ray::(trial \d .+)", text))}
+    assert any("sigma" in name and "train-" not in name for name in names), titles  # the trial
+    assert any("sigma" in name and "train-" in name for name in names), titles  # its step
     finished_steps = run.manifests()
     kill_processes(process_tree(driver.pid))
     driver.wait()

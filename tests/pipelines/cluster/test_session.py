@@ -115,3 +115,37 @@ def test_a_second_session_in_a_process_is_an_error(calls: list, monkeypatch: pyt
 )
 def test_rays_message_becomes_one_line(message: str, line: str) -> None:
     assert session._error_line(OSError(message)) == line
+
+
+RAYLET_REPORT = """Raylet is terminated. Termination is unexpected. Possible reasons include: (1) SIGKILL by the user [...]
+Last 20 lines of the Raylet logs:
+    [state-dump] NodeManager:
+    [state-dump] - num async plasma notifications: 0
+"""
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_rays_reports_of_dead_nodes_are_only_printed_with_debug(
+    debug: bool, calls: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come beside the workers' logs, whatever log_to_driver says. Other messages are printed."""
+    from ray._private.ray_logging import stdout_deduplicator
+
+    def printed(line: str) -> list[str]:
+        batches = stdout_deduplicator.deduplicate({"lines": [line], "pid": "raylet", "is_err": False})
+        return [line for batch in batches for line in batch["lines"]]
+
+    monkeypatch.setattr(session, "resolve_head", lambda text: Head("local", on_loopback=True))
+    other = f"no memory is left ({debug})"
+    with ray_session(debug):
+        assert printed(RAYLET_REPORT) == ([RAYLET_REPORT] if debug else [])
+        assert printed(other) == [other]
+    assert stdout_deduplicator.skip_re is None
+    stdout_deduplicator.flush()
+
+
+def test_a_drivers_job_has_a_name(calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "resolve_head", lambda text: Head("10.0.0.1:6379", on_loopback=False))
+    with ray_session(job_name="demo"):
+        pass
+    assert calls[0]["job_config"].metadata == {"job_name": "demo"}

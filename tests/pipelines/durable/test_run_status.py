@@ -139,6 +139,29 @@ def test_status_shows_the_progress_of_a_running_step(
     assert re.search(r"shard +finished", out)
 
 
+def test_status_shows_the_last_notes_of_a_running_step(
+    storage: Storage, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Until the step ends: a note may come before the first progress, and between two reports."""
+    run = workflow(storage)
+    run_status.save_workflow(run)
+    key = run_status.load_workflow(storage, "mine").keys()[TRAIN]
+    with StatusWriter(run, write_seconds=0.02) as status_writer, lease.acquire(storage, key):
+        for number in range(6):
+            status_writer(StepEvent(TRAIN, "note", note=f"loss {number}"))
+        status_writer(StepEvent(TRAIN, "running", 100, 400))
+        status_writer(StepEvent(TRAIN, "note", note="resuming from step 80 with 2 workers"))
+        wait_until(lambda: "resuming" in str(run_status.load_progress(storage, "mine")))
+        notes = re.findall(r"^train-one: (.*) \(\d s ago\)$", status(capsys, storage, "mine"), re.MULTILINE)
+        assert notes == [
+            *(f"loss {number}" for number in range(1, 6)),
+            "resuming from step 80 with 2 workers",
+        ]
+        status_writer(StepEvent(TRAIN, "finished"))
+        status_writer(StepEvent(TRAIN, "running", 100, 400))
+        wait_until(lambda: "resuming" not in str(run_status.load_progress(storage, "mine")))
+
+
 def test_an_ended_step_has_no_progress(storage: Storage) -> None:
     run = workflow(storage)
     with StatusWriter(run, write_seconds=0.02) as status_writer:
