@@ -122,7 +122,7 @@ def _format_pairs(values: Mapping[str, Any] | None) -> str:
 
 def format_scores(metrics: Mapping[str, float], photographs: Mapping[str, Mapping[str, int]]) -> list[str]:
     """One row per mask set and band; the metrics of the main table and the feature distances as columns."""
-    from pipelines.evaluation.tables import METRIC_COLUMNS
+    from pipelines.evaluation.metrics import METRIC_COLUMNS
     from pipelines.registry.searching import split_column
 
     columns = {metric: (heading, digits) for heading, metric, digits in METRIC_COLUMNS}

@@ -8,8 +8,6 @@ import math
 from collections.abc import Iterable
 
 import numpy as np
-from skimage.color import rgb2gray
-from skimage.metrics import structural_similarity
 
 METRIC_DEFINITIONS = {
     "l1_percent": "100 * mean|a - b| on [0, 1], RGB, whole picture (context encoder's mean L1)",
@@ -29,6 +27,16 @@ METRIC_DEFINITIONS = {
     "tv_percent_hole": "100 * (mean|dx| + mean|dy|) on [0, 1], RGB, of the result, differences with an end in the hole",
 }
 
+METRIC_COLUMNS = (  # heading, metric, decimals
+    ("PSNR hole", "psnr_rgb_hole", 2),
+    ("PSNR", "psnr_rgb", 2),
+    ("SSIM", "ssim_gauss11_rgb", 4),
+    ("l1 %", "l1_percent", 3),
+    ("l2 %", "l2_percent", 3),
+    ("TV %", "tv_percent", 2),
+)
+"""The columns of tables."""
+
 
 def higher_is_better(metric: str) -> bool:
     """True for PSNR and SSIM, False for errors and distances."""
@@ -44,6 +52,8 @@ def image_metrics(truth: np.ndarray, result: np.ndarray, mask: np.ndarray) -> di
     _check_inputs(truth, result, mask)
     hole = mask.astype(bool)
     a, b = truth / 255.0, result / 255.0
+    from skimage.color import rgb2gray  # in here: look-ups in the registry need only the metrics' names
+
     grey_a, grey_b = rgb2gray(truth), rgb2gray(result)
     absolute, square = np.abs(a - b), (a - b) ** 2
 
@@ -99,6 +109,8 @@ def finite_mean(values: Iterable[float]) -> tuple[float, int]:
 def _ssim_scores(
     truth: np.ndarray, result: np.ndarray, grey_a: np.ndarray, grey_b: np.ndarray, hole: np.ndarray
 ) -> dict[str, float]:
+    from skimage.metrics import structural_similarity
+
     scores = {}
     side = min(truth.shape[:2])
     if side >= 11:

@@ -8,17 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from data_prep.masks import HOLE_AREA_BANDS
-from pipelines.evaluation.metrics import higher_is_better
+from pipelines.evaluation.metrics import METRIC_COLUMNS, higher_is_better
 from pipelines.evaluation.results import EvaluationResult, MethodSummary, masks_title
 
-METRIC_COLUMNS = (  # heading, metric, decimals
-    ("PSNR hole", "psnr_rgb_hole", 2),
-    ("PSNR", "psnr_rgb", 2),
-    ("SSIM", "ssim_gauss11_rgb", 4),
-    ("l1 %", "l1_percent", 3),
-    ("l2 %", "l2_percent", 3),
-    ("TV %", "tv_percent", 2),
-)
 BAND_COLUMN = METRIC_COLUMNS[0]
 MAX_NAME_CHARS = 30
 MAX_LINE_CHARS = 100

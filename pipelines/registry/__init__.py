@@ -4,33 +4,35 @@
     model = registry.load_model("models:/edge_connect@champion")
     frame = registry.search("edge_connect", where=["psnr > 18"])
 
-The history of each alias is stored in tags of the registered model (aliases.py). Functions that need torch or a
-version's files import them when they are called: look-ups stay fast.
+The history of each alias is stored in tags of the registered model (aliases.py). Modules are imported when a name of
+theirs is first used, and torch or a version's files only by the functions that need them: look-ups stay fast.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from pipelines.registry.aliases import (
-    ConcurrentPromotion,
-    alias_state,
-    history,
-    promote,
-    rejections,
-    rollback,
-)
-from pipelines.registry.client import RegistryError, delete, list_models
-from pipelines.registry.loaded_model import LoadedModel
-from pipelines.registry.searching import best, search
 
 if TYPE_CHECKING:
     import numpy as np
 
     from models.base import Model
+    from pipelines.registry.aliases import (
+        ConcurrentPromotion,
+        alias_state,
+        history,
+        promote,
+        rejections,
+        rollback,
+    )
+    from pipelines.registry.client import RegistryError, delete, list_models
     from pipelines.registry.describe import ModelDetails, VersionDetails
+    from pipelines.registry.loaded_model import LoadedModel
+    from pipelines.registry.searching import best, search
+
+    Overtaken, place = ConcurrentPromotion, alias_state
 
 __all__ = [
     "ConcurrentPromotion",
@@ -52,7 +54,27 @@ __all__ = [
     "show",
 ]
 
-Overtaken, place = ConcurrentPromotion, alias_state  # their names in release 0.1.0
+_MODULES = {
+    "aliases": ("ConcurrentPromotion", "alias_state", "history", "promote", "rejections", "rollback"),
+    "client": ("RegistryError", "delete", "list_models"),
+    "loaded_model": ("LoadedModel",),
+    "searching": ("best", "search"),
+}
+_OLD_NAMES = {"Overtaken": "ConcurrentPromotion", "place": "alias_state"}  # of release 0.1.0
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module of a public name when the name is first used."""
+    current = _OLD_NAMES.get(name, name)
+    if current not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULE_OF[current]}"), current)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def load_model(uri: str | Path, *, tracking_uri: str | None = None, device: str = "cpu") -> LoadedModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,9 +162,7 @@ def show(uri: str, tracking_uri: str | None = None) -> VersionDetails | ModelDet
             photographs=metadata.get("photographs"),
             scored_on=metadata.get("scored_on"),
             curves={"run": training_run, "at": locate_run(client, training_run)} if training_run else None,
-            samples=tuple(
-                locate_artifact(client, version.run_id, path) for path in metadata.get("samples", ())
-            ),
+            samples=locate_artifacts(client, version.run_id, metadata.get("samples", ())),
             signature=_signature(mlmodel),
             input_example=example.get("artifact_path"),
             files=client.get_model_version_download_uri(version.name, number),
@@ -184,13 +182,16 @@ def locate_run(client: MlflowClient, run: str) -> str:
         return redact_uri(uri)
 
 
-def locate_artifact(client: MlflowClient, run: str | None, path: str) -> str:
-    """A run's artifact as a path on this machine, else as a URI for `mlflow artifacts download -u`."""
+def locate_artifacts(client: MlflowClient, run: str | None, paths: Sequence[str]) -> tuple[str, ...]:
+    """A run's artifacts as paths on this machine, else as URIs for `mlflow artifacts download -u`."""
+    if not paths:
+        return ()
     try:
         root = str(client.get_run(str(run)).info.artifact_uri)
     except MlflowException:
         root = ""
-    return f"{path_from_file_url(root)}/{path}" if root.startswith("file:") else f"runs:/{run}/{path}"
+    start = path_from_file_url(root) if root.startswith("file:") else f"runs:/{run}"
+    return tuple(f"{start}/{path}" for path in paths)
 
 
 def _version_row(version: ModelVersion, alias_versions: Mapping[str, str]) -> VersionRow:

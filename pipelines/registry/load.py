@@ -84,7 +84,10 @@ def _load_version(uri: str, tracking_uri: str | None, device: str) -> LoadedMode
         )
     except RecordError as error:
         raise RegistryError(str(error)) from None
-    return LoadedModel(program, version.name, str(version.version), info, _hole_checker(info), device)
+    aliases = tuple(sorted(version.aliases))
+    return LoadedModel(
+        program, version.name, str(version.version), info, _hole_checker(info), device, aliases
+    )
 
 
 def load_program(version: ModelVersion, folder: str, device: str = "cpu") -> tuple[ModelFile, Any]:

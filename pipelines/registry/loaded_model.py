@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipelines.weights import CheckpointInfo
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadedModel:
     """A model from the registry or a checkpoint folder; `complete` fills the hole of a photograph."""
 
@@ -35,6 +35,19 @@ class LoadedModel:
     check_hole: Callable[[torch.Tensor], None] | None = None
     """Takes the mask [1,1,H,W] and raises ValueError if the model cannot fill it; None: it fills every hole."""
     device: str = "cpu"
+    aliases: tuple[str, ...] = ()
+    """The version's aliases when it was loaded."""
+
+    def __repr__(self) -> str:
+        """One line: name, version, aliases, Canny's sigma, training size and device, as far as they are on record."""
+        origin = f"version {self.version}" if self.version else "from a checkpoint folder"
+        parts = (
+            f"{self.name} {origin}" + (f" ({', '.join(self.aliases)})" if self.aliases else ""),
+            "" if self.sigma is None else f"sigma {self.sigma:g}",
+            "" if self.size is None else f"{self.size} px",
+            self.device,
+        )
+        return f"LoadedModel({', '.join(filter(None, parts))})"
 
     @property
     def needs_edges(self) -> bool:

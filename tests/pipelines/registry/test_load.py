@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from pipelines.registry import LoadedModel, RegistryError, load_model, show
 from pipelines.registry.client import find_version, registry_client
 from pipelines.registry.loaded_model import to_hole_mask, to_rgb_array
 from pipelines.weights import CheckpointInfo, save_weights
+from support.inpainting import loaded_model
 from support.mlflow_stores import SIGMA, MlflowStore, photograph
 
 
@@ -254,7 +256,15 @@ def test_loading_restores_mlflows_settings(store: MlflowStore, monkeypatch: pyte
         load_model("models:/encoder/1", tracking_uri=store.uri)
         assert (mlflow.get_tracking_uri(), mlflow.get_registry_uri(), dict(os.environ)) == before
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
-    assert load_model("models:/encoder/1").version == "1", "MLflow's current URI is the default"
+    model = load_model("models:/encoder@candidate")
+    assert model.version == "1", "MLflow's current URI is the default"
+    assert repr(model) == "LoadedModel(encoder version 1 (candidate), sigma 1.5, 32 px, cpu)"
+
+
+def test_a_loaded_model_is_shown_in_one_line() -> None:
+    assert repr(loaded_model()) == "LoadedModel(toy version 1, 16 px, cpu)"
+    folder = replace(loaded_model(size=None, sigma=2), version=None, device="cuda:1")
+    assert repr(folder) == "LoadedModel(toy from a checkpoint folder, sigma 2, cuda:1)"
 
 
 class Trap:
