@@ -8,8 +8,9 @@ from dataclasses import fields
 from typing import Any
 
 from pipelines.downloads import is_local, with_local_weights
+from pipelines.names import did_you_mean
 from pipelines.recipe import Recipe
-from pipelines.recipe.load import RecipeError, did_you_mean
+from pipelines.recipe.load import RecipeError
 
 
 def check_recipe(recipe: Recipe, allow_downloads: bool = True) -> None:

@@ -1,8 +1,11 @@
-"""Checks the names of registered models, experiments and runs. Imports nothing large: called before anything runs."""
+"""Checks the names of registered models, experiments and runs, and finds the word that a misspelt one is nearest to.
+Imports nothing large: called before anything runs."""
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Sequence
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 MAX_MODEL_CHARS = 256  # of MLflow's columns for the names of models and experiments
@@ -45,6 +48,12 @@ def check_run_name(name: str) -> str:
     if size > MAX_RUN_BYTES:
         raise ValueError(f"{problem}: it has {size} bytes, the maximum is {MAX_RUN_BYTES}")
     return name
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """`; did you mean X?` with the closest known word; '' if none is close."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def _abbreviate(name: str) -> str:

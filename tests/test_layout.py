@@ -31,6 +31,7 @@ LAYERS = (
         "pipelines.names",
         "pipelines.notices",
         "pipelines.renamed",
+        "pipelines.shipped_recipes",
     ),
     ("pipelines.plots", "pipelines.provenance", "pipelines.ray_tasks", "pipelines.report_files"),
     (

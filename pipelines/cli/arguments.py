@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from pipelines.cli.parser import FIELD_PATTERN
 
 
 def integer(minimum: int, maximum: float = math.inf) -> Callable[[str], int]:
@@ -46,6 +50,15 @@ def _check_range(text: str, value: float, minimum: float, maximum: float) -> Non
         raise argparse.ArgumentTypeError(f"{text!r} is too large: at most {maximum:g}")
 
 
+def recipe_name(text: str) -> str:
+    """argparse type: a recipe's name or file; a field of a recipe without --set in front of it is refused."""
+    if FIELD_PATTERN.match(text) and not Path(text).exists():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is a field of the recipe: give it as --set {shlex.quote(text)}, after the recipe's name"
+        )
+    return text
+
+
 positive_int = integer(1)
 non_negative_int = integer(0)
 seed_int = integer(0, 2**63 - 1)  # the recipe's range
@@ -73,6 +86,7 @@ def add_command(subparsers: Any, name: str, help_text: str, example: str) -> arg
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.set_defaults(prog=command.prog)  # for errors: the whole command, such as `inpaint models show`
     return command
 
 
@@ -82,7 +96,11 @@ def add_recipe_command(
     """Add a command that takes a recipe; `optional_help`, if given, makes it optional and says what happens then."""
     command = add(name, help_text, example)
     command.add_argument(
-        "recipe", metavar="RECIPE", nargs="?" if optional_help else None, help=RECIPE_HELP + optional_help
+        "recipe",
+        metavar="RECIPE",
+        nargs="?" if optional_help else None,
+        type=recipe_name,
+        help=RECIPE_HELP + optional_help,
     )
     command.add_argument(
         "--set", metavar="KEY.SUB=VALUE", action="append", default=[], help="override a field; repeatable"

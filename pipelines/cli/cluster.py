@@ -8,7 +8,7 @@ import shlex
 import sys
 
 from data_prep.uris import is_s3_uri
-from pipelines.cli.arguments import RECIPE_HELP, AddCommand, positive_int
+from pipelines.cli.arguments import RECIPE_HELP, AddCommand, positive_int, recipe_name
 
 DEFAULT_NODES = 3
 
@@ -32,7 +32,7 @@ def _add_submit(add: AddCommand) -> None:
 Only the recipe and this package's source are uploaded: never data, credentials or your environment.
 The cluster must have its own credentials for S3 and MLflow. The token is read where Ray reads it:
 RAY_AUTH_TOKEN, the file in RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token."""
-    submit.add_argument("recipe", metavar="RECIPE", nargs="?", help=RECIPE_HELP)
+    submit.add_argument("recipe", metavar="RECIPE", nargs="?", type=recipe_name, help=RECIPE_HELP)
     submit.add_argument(
         "--address",
         metavar="URL",

@@ -17,25 +17,27 @@ from pipelines.cli.data import add_data, add_edges, add_shard
 from pipelines.cli.evaluate import add_evaluate, add_import
 from pipelines.cli.fill import add_fill
 from pipelines.cli.models import add_models
+from pipelines.cli.overview import ShowVersion, add_completion, add_recipes
+from pipelines.cli.parser import Parser
 from pipelines.cli.report import add_report
 from pipelines.cli.runs import add_plan, add_run, add_sweep, add_train
 from pipelines.cli.services import add_services
 from pipelines.cli.status import add_status
 from pipelines.cluster.ray_address import is_ray_job
-from pipelines.renamed import renamed_option
 
 COMMANDS: tuple[Callable[[AddCommand], None], ...] = (
-    *(add_run, add_plan, add_status, add_report, add_sweep, add_train),
+    *(add_run, add_plan, add_status, add_report, add_sweep, add_train, add_recipes),
     *(add_shard, add_edges, add_data),
     *(add_evaluate, add_fill, add_import),
     *(add_models, add_cluster_commands, add_services),
+    add_completion,
 )
 """Functions that add the commands, in the order of --help."""
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 done, 1 error (one line on stderr), 2 wrong usage, 130 interrupted."""
-    args = _parse(argv)
+    args = build_parser().parse_args(argv)
     bypass_proxy_for_loopback()
     if is_ray_job(os.environ):  # nobody watches a job
         enable_long_retries()
@@ -58,18 +60,8 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
             raise
         from pipelines.errors import user_message
 
-        print(f"inpaint {args.command}: {user_message(error)}", file=sys.stderr)
+        print(f"{args.prog}: {user_message(error)}", file=sys.stderr)
         sys.exit(1)
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the arguments. Exits with status 2 if one is unknown; for an old name, the error gives the new one."""
-    parser = build_parser()
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        command = args.action if args.command == "models" else args.command
-        parser.error(renamed_option(command, unknown) or f"unrecognized arguments: {' '.join(unknown)}")
-    return args
 
 
 def startup_notice(args: argparse.Namespace) -> str:
@@ -93,6 +85,8 @@ def startup_notice(args: argparse.Namespace) -> str:
             return f"reading {', '.join(args.files)}"
         case "submit", _:
             return f"looking up the job {args.attach}" if args.attach else f"preparing a job of {args.recipe}"
+        case (("recipes" | "completion"), _):
+            return "reading the recipes"
         case "masks", _:
             return "drawing masks"
         case "services", ("status" | "stop"):
@@ -111,13 +105,14 @@ def startup_notice(args: argparse.Namespace) -> str:
             return f"{args.command} {action or ''}".rstrip()
 
 
-def build_parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(
+def build_parser() -> Parser:
+    top = Parser(
         prog="inpaint",
         description="Train inpainting models on your photographs and register them in MLflow.",
         epilog="example: inpaint run demo",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    top.add_argument("--version", action=ShowVersion, help="show the versions of inpaint and its libraries")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(name: str, help_text: str, example: str, subparsers: Any = commands) -> argparse.ArgumentParser:
@@ -125,4 +120,5 @@ def build_parser() -> argparse.ArgumentParser:
 
     for add_parsers in COMMANDS:
         add_parsers(add)
+    top.set_defaults(parser=top)  # for the command `completion`
     return top

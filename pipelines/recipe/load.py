@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -16,10 +15,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pipelines.errors import error_text
+from pipelines.names import did_you_mean
 from pipelines.recipe import Domain, ModelConfig, Recipe
 from pipelines.renamed import renamed_field
+from pipelines.shipped_recipes import SHIPPED_RECIPES, shipped_recipes
 
-SHIPPED_RECIPES = Path(__file__).parents[1] / "recipes"
 MAX_OVERRIDE_CHARS = 100  # of an override, in an error
 
 
@@ -39,11 +39,6 @@ def read_yaml(text: str) -> Any:
 
 class RecipeError(ValueError):
     """The recipe is wrong. The message is one line that names the field and how to fix it."""
-
-
-def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
-    return sorted(path.stem for path in SHIPPED_RECIPES.glob("*.yaml"))
 
 
 def recipe_from_args(args: argparse.Namespace) -> Recipe:
@@ -265,9 +260,3 @@ def _known_fields(location: Sequence[Any]) -> list[str]:
             other = node if node is Domain else ModelConfig  # below a Domain there is the path of a field
             node = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), other)
     return list(node.model_fields) if node is not None else []
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """`; did you mean X?` with the closest known word; '' if none is close."""
-    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]}?" if matches else ""

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipelines.names import did_you_mean
 from pipelines.recipe import Domain, Recipe, Sweep
-from pipelines.recipe.load import RecipeError, did_you_mean, parse_recipe
+from pipelines.recipe.load import RecipeError, parse_recipe
 from pipelines.sweeps.results import SEED, FieldValues, format_values
 
 if TYPE_CHECKING:

@@ -86,7 +86,10 @@ def test_the_commands_work_on_a_server(inpaint: Callable[..., tuple[int, str]]) 
     status, output = inpaint("show", "encoder@champion")
     assert (status, output.startswith("encoder version 1 (champion)")) == (0, True)
     status, output = inpaint("promote", "encoder/9")
-    assert (status, output) == (1, "inpaint models: encoder has no version 9; its versions: 1, 2, 3, 4, 5\n")
+    assert (status, output) == (
+        1,
+        "inpaint models promote: encoder has no version 9; its versions: 1, 2, 3, 4, 5\n",
+    )
     assert inpaint("delete", "encoder/4", "--yes")[0] == 0
     assert [row.version for row in registry.show("encoder").versions] == ["5", "3", "2", "1"]
 
@@ -97,7 +100,7 @@ def test_a_wrong_or_missing_password_is_refused(
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "not-the-password-7")
     status, output = inpaint("list")
     expected = f"the MLflow server at {server.uri} does not know 'admin' with this password"
-    assert (status, output) == (1, f"inpaint models: {expected}: see MLFLOW_TRACKING_PASSWORD\n")
+    assert (status, output) == (1, f"inpaint models list: {expected}: see MLFLOW_TRACKING_PASSWORD\n")
     for key in AS_ADMIN:
         monkeypatch.delenv(key)
     status, output = inpaint("show", "encoder")
@@ -124,7 +127,7 @@ def test_a_reader_may_not_change_the_registry(
         expected = (
             f"reader may not do that in the MLflow at {server.uri}: ask its administrator for the permission"
         )
-        assert (status, output) == (1, f"inpaint models: {expected}\n"), command
+        assert (status, output) == (1, f"inpaint models {command.split()[0]}: {expected}\n"), command
     assert registry.show("encoder") == before
     server.allow_edits("reader", "encoder")
     assert inpaint("promote", "encoder/3", "--alias", "mine")[0] == 0

@@ -74,7 +74,7 @@ def test_promote_and_rollback(models: Run) -> None:
     status, out, err = models("promote", "encoder/3")
     assert status == 1
     assert err.startswith(
-        "inpaint models: encoder version 3 is worse than the champion, version 2: psnr_rgb_hole "
+        "inpaint models promote: encoder version 3 is worse than the champion, version 2: psnr_rgb_hole "
     )
     assert err.count("\n") == 1
     status, out, _ = models("promote", "encoder/3", "--force", "--reason", "for a test")
@@ -128,7 +128,7 @@ def test_export(models: Run, tmp_path: Path) -> None:
     assert (status, out.startswith("encoder version 2: model.pt2, ")) == (0, True)
     assert (tmp_path / "model.pt2").is_file()
     status, _, err = models("export", "encoder", "--pt2", "--size", "64", "--out", "model.pt2")
-    assert (status, err) == (1, "inpaint models: --size goes with --onnx: --pt2 takes any size\n")
+    assert (status, err) == (1, "inpaint models export: --size goes with --onnx: --pt2 takes any size\n")
 
 
 def test_delete_asks_for_confirmation(
@@ -171,7 +171,7 @@ def test_delete_asks_for_confirmation(
 def test_errors_are_one_line(models: Run, arguments: str, words: str) -> None:
     status, out, err = models(*arguments.split())
     assert (status, out, err.count("\n")) == (1, "", 1)
-    assert err.startswith("inpaint models: ")
+    assert err.startswith(f"inpaint models {arguments.split()[0]}: ")
     assert words in err
 
 
