@@ -1,5 +1,5 @@
 """How long `inpaint models ...` takes with 500 versions in the registry: the whole command, with Python's start and MLflow's
-import, for SQLite and for servers. `make bench` prints the table."""
+import, for SQLite and for servers; and look-ups beside importing MLflow and one search. `make bench` prints the tables."""
 
 from __future__ import annotations
 
@@ -9,20 +9,15 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from mlflow.entities import Metric
+from command_latency import RATIO_LIMIT, YARDSTICK, lookup_commands, measure
+from registry_versions import VERSIONS, champion, create_versions
 
-from data_prep.masks import HOLE_AREA_BANDS
-from models import build_model
-from pipelines import registry
-from pipelines.evaluation.metrics import METRIC_DEFINITIONS
-from pipelines.registry.client import registry_client
-from pipelines.registry.searching import SCORES_TAG, scores_json
 from support.cluster_harness import clean_environment
 from support.mlflow_server import AS_ADMIN, MlflowServer, acting_as
 
-VERSIONS, LIMIT_SECONDS = 500, 5.0
+LIMIT_SECONDS = 5.0
+ROUNDS = 4  # the best of these
 COMMANDS = (
     "list",
     "show facades",
@@ -39,49 +34,6 @@ from pipelines import registry
 frame = registry.search(where="center/20-30/psnr > 17", order_by="center/fd", limit=10)
 assert len(frame) == 10
 """
-
-
-def create_versions(uri: str) -> None:
-    """Five models with 500 versions in total; each version has scores for two mask kinds in every band."""
-    rng = np.random.default_rng(0)
-    with registry_client(uri) as client:
-        experiment = client.create_experiment("benchmark")
-        names = ["facades", *(f"model-{number}" for number in range(4))]
-        columns = [
-            f"{masks}/{band}/{name}"
-            for masks in ("center", "brush")
-            for band in HOLE_AREA_BANDS
-            for name in METRIC_DEFINITIONS
-        ]
-        columns += [
-            f"{masks}/{name}" for masks in ("center", "brush") for name in (*METRIC_DEFINITIONS, "fd", "kid")
-        ]
-        for name in names:
-            client.create_registered_model(name)
-        for number in range(VERSIONS):
-            name = names[0] if number % 2 else names[number % 5]
-            run = client.create_run(experiment).info
-            model = client.create_logged_model(experiment, name, run.run_id).model_id
-            scores = dict(zip(columns, rng.uniform(16, 20, len(columns)).tolist(), strict=True))
-            metrics = [Metric(key, value, run.start_time, 0, model) for key, value in scores.items()]
-            client.log_batch(run.run_id, metrics=metrics)
-            tags = {"step_key": str(number), "model": "context_encoder", "sigma": "2", "size": "64"}
-            tags |= {
-                "inpaint.protocol": f"{number % 3}: 84 photographs of 64x64",
-                SCORES_TAG: scores_json(scores),
-            }
-            client.create_model_version(name, f"models:/{model}", run.run_id, tags=tags, model_id=model)
-
-
-def champion(uri: str, artifacts: str | None) -> None:
-    """Register a version with files; it becomes champion after two versions without files."""
-    with registry_client(uri) as client:
-        experiment = client.create_experiment(uri, artifact_location=artifacts)
-        run = client.create_run(experiment).info.run_id
-    small = build_model("context_encoder", size=32, width=0.0625)
-    version = registry.register(small, name="facades", run_id=run, step_key=uri, tracking_uri=uri)
-    for number in ("1", "2", version):
-        registry.promote("facades", number, tracking_uri=uri)
 
 
 def seconds(command: list[str], uri: str, folder: Path) -> tuple[float, float]:
@@ -131,4 +83,35 @@ def test_commands_with_500_versions(tmp_path: Path, capsys: pytest.CaptureFixtur
         for command, (wall, _) in by_command.items()
         if wall > LIMIT_SECONDS and not command.startswith("export")  # loads torch and runs the model
     }
+    assert slow == {}
+
+
+@pytest.mark.benchmark
+@pytest.mark.timeout(1800)
+def test_lookups_cost_little_more_than_importing_mlflow(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Side by side in one run: the look-ups alternate with a program that imports MLflow and searches once."""
+    environment = clean_environment() | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    results = {}
+    with MlflowServer(tmp_path) as server:
+        create_versions(server.uri)
+        champion(server.uri, None)
+        commands = lookup_commands(server.uri, VERSIONS)
+        results["server"] = measure(commands, tmp_path, environment, ROUNDS)
+    file = f"sqlite:///{tmp_path}/mlflow.db"
+    champion(file, (tmp_path / "local").as_uri())
+    results["SQLite"] = measure(lookup_commands(file, VERSIONS), tmp_path, environment, ROUNDS)
+    slow = {}
+    with capsys.disabled():
+        for kind, latencies in results.items():
+            yardstick = latencies[YARDSTICK]
+            print(f"\n{kind}: seconds (CPU seconds), as multiples of the first line")
+            for name, latency in latencies.items():
+                ratios = latency.wall / yardstick.wall, latency.cpu / yardstick.cpu
+                print(
+                    f"{name:<75}{latency.wall:>6.2f} ({latency.cpu:.2f}){ratios[0]:>7.2f} ({ratios[1]:.2f})"
+                )
+                if max(ratios) > RATIO_LIMIT:
+                    slow[kind, name] = ratios
     assert slow == {}
