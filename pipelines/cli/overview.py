@@ -16,7 +16,7 @@ SHELLS = ("bash", "zsh", "fish")
 MAX_COMMIT_CHARS = 12
 WIDTH = 200  # columns of output that is not a terminal's
 FOLDER_ARGUMENTS = {"DIR", "FOLDER", "SHARDS", "SOURCE", "DEST", "storage"}
-FILE_ARGUMENTS = {"FILE", "IMAGE", "MASK", "MODEL", "A", "B", "DIR_OR_KIND"}
+FILE_ARGUMENTS = {"FILE", "FILE_OR_FOLDER", "PHOTO", "MASK", "MODEL", "A", "B", "DIR_OR_KIND"}
 """Arguments (metavar, else the option's name) that are completed with folders, and with files and folders."""
 RECIPE_FUNCTION = {"bash": "_inpaint_recipe_or_file", "zsh": "_inpaint_recipe", "fish": "(_inpaint_recipe)"}
 RECIPE_SCRIPT = {
@@ -92,7 +92,13 @@ class ShowVersion(argparse.Action):
     def __init__(self, option_strings: Sequence[str], dest: str, **options: Any) -> None:
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, **options)
 
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
         print(version_text())
         parser.exit()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 import shlex
 from collections.abc import Iterator
 from pkgutil import resolve_name
@@ -46,7 +47,9 @@ def test_errors_name_the_whole_command(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Errors of the parser, and of the function that runs the command."""
-    words = shlex.split(str(command.epilog).replace("\\\n", " "))[2:]  # after `example: inpaint`
+    example = re.search(r"inpaint ((?:.*\\\n)*.*)", str(command.epilog))
+    assert example
+    words = shlex.split(example[1].replace("\\\n", " "))
     with pytest.raises(SystemExit) as end:
         main([*words, "--no-such-option"])
     assert end.value.code == 2

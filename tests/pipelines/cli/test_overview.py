@@ -51,6 +51,7 @@ def test_the_first_lines_differ() -> None:
 def test_recipes_are_listed_in_groups(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     rows = json.loads(output_of(["recipes", "--json"], capsys))
     assert [row["name"] for row in rows if row["group"] == "demo"] == ["demo"]
     assert [row["name"] for row in rows if row["group"] == "sweeps"] == [
