@@ -72,7 +72,6 @@ def log_results(parent: ParentRun, recipe: Recipe, storage: Storage, results: Ru
         runs.log_tags(client, run, {"inpaint.best": best})
     for evaluated in results.of_kind(StepKind.EVALUATE, EvaluateOutputs).values():
         from pipelines.evaluation.results import EvaluationResult
-        from pipelines.evaluation.tables import table_markdown
         from pipelines.registry.step import metrics_by_band
 
         evaluation = EvaluationResult.load(storage.subfolder(evaluated.folder).read)
@@ -80,9 +79,10 @@ def log_results(parent: ParentRun, recipe: Recipe, storage: Storage, results: Ru
             prefix = f"{key}/" if len(recipe.models) > 1 else ""
             scores = metrics_by_band(evaluation, key)
             runs.log_metrics(client, run, {f"{prefix}{name}": value for name, value in scores.items()})
-        runs.log_tags(client, run, {NOTE_TAG: spaced_columns(table_markdown(evaluation))[:MAX_TAG_CHARS]})
 
 
-def log_report(parent: ParentRun, html: str) -> None:
-    """Attach the report to the run; MLflow shows it among the artifacts."""
-    runs.log_text(parent.tracking.client(), parent.run_id, REPORT_ARTIFACT, html)
+def log_report(parent: ParentRun, html: str, summary: str) -> None:
+    """Attach the report to the run, and describe the run by its summary, in Markdown."""
+    client = parent.tracking.client()
+    runs.log_text(client, parent.run_id, REPORT_ARTIFACT, html)
+    runs.log_tags(client, parent.run_id, {NOTE_TAG: spaced_columns(summary)[:MAX_TAG_CHARS]})

@@ -249,19 +249,19 @@ def _log_results(parent: ParentRun, recipe: Recipe, workflow: Workflow, results:
     from pipelines.cli.reporting import store_sweep_report, write_run_report
     from pipelines.contracts import EvaluateOutputs, StepKind, SweepOutputs
     from pipelines.evaluation.results import EvaluationResult
+    from pipelines.evaluation.tables import table_markdown
     from pipelines.parent_run import log_report, log_results
 
     storage = workflow.storage
     log_results(parent, recipe, storage, results)
-    reports = [
-        store_sweep_report(workflow, outputs)
-        for outputs in results.of_kind(StepKind.SWEEP, SweepOutputs).values()
-    ]
+    for outputs in results.of_kind(StepKind.SWEEP, SweepOutputs).values():
+        report = store_sweep_report(workflow, outputs)
+        log_report(parent, storage.read(report.key).decode(), "\n\n".join(report.sentences))
     for evaluated in results.of_kind(StepKind.EVALUATE, EvaluateOutputs).values():
         evaluation = EvaluationResult.load(storage.subfolder(evaluated.folder).read)
-        reports.append(write_run_report(recipe, workflow, results, evaluation, parent.tracking))
-    for report in reports:
-        log_report(parent, storage.read(report.key).decode())
+        report = write_run_report(recipe, workflow, results, evaluation, parent.tracking)
+        summary = "\n\n".join([*report.sentences, table_markdown(evaluation)])
+        log_report(parent, storage.read(report.key).decode(), summary)
 
 
 def _check_before_run(recipe: Recipe, workflow: Workflow, download: bool = True) -> None:

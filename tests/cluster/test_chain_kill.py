@@ -105,6 +105,10 @@ def check_traces(run: CliRun) -> None:
     scores = {name for (name,) in run.query_mlflow(f"select key from metrics where run_uuid in ({parent})")}
     assert {"context_encoder/center/psnr_rgb_hole", "edge_connect/center/psnr_rgb_hole"} <= scores
     assert list(run.storage.glob("mlflow-artifacts/*/artifacts/report.html"))
+    ((note,),) = run.query_mlflow(
+        f"select value from tags where key = 'mlflow.note.content' and run_uuid in ({parent})"
+    )
+    assert note.startswith("context_encoder version 1: ")
     (parents,) = run.query_mlflow("select count(*) from tags where key = 'mlflow.parentRunId'")
     assert parents[0] == len(steps) - 1
 

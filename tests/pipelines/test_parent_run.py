@@ -55,7 +55,7 @@ def test_the_parent_has_the_scores_of_the_versions(chain: PipelineOutputs, track
     results = RunResults({SHARD_ID: chain.shards, EVALUATE_ID: EvaluateOutputs((), "work/v1/a1", {})})
     for _ in range(2):
         log_results(parent, recipe, chain.storage, results)
-    log_report(parent, "<p>report</p>")
+    log_report(parent, "<p>report</p>", "Worse than Telea.\n\n| method | PSNR |\n|:--|--:|\n| one | 12.2 |")
     client = tracking.client()
     run = client.get_run(parent.run_id)
     expected = show("models:/encoder/2", tracking.uri).metrics
@@ -63,7 +63,8 @@ def test_the_parent_has_the_scores_of_the_versions(chain: PipelineOutputs, track
     (dataset,) = run.inputs.dataset_inputs
     assert dataset.dataset.digest == chain.shards.digest[:36]
     assert [file.path for file in client.list_artifacts(parent.run_id)] == ["report.html"]
-    assert "PSNR hole" in run.data.tags["mlflow.note.content"]
+    note = run.data.tags["mlflow.note.content"]
+    assert note.startswith("Worse than Telea.\n\n| method&nbsp;")
 
 
 def test_scores_of_several_models_have_their_keys(
