@@ -184,14 +184,17 @@ def _text_columns(database: sqlite3.Connection) -> list[tuple[str, str]]:
 
 
 def _move_datasets(database: sqlite3.Connection, old: Path, new: Path) -> int:
-    """Change the URIs of shards, which datasets hold as JSON."""
+    """Change the URIs of photographs and shards, which datasets hold as JSON."""
     query = "select rowid, dataset_source from datasets where dataset_source_type = 'inpaint shards'"
     count = 0
     for row, text in database.execute(query).fetchall():
-        with suppress(ValueError, KeyError, TypeError):
-            uri = str(json.loads(text)["uri"])
-            if uri.startswith(f"{old}/"):
-                source = json.dumps({"uri": f"{new}{uri.removeprefix(str(old))}"})
-                database.execute("update datasets set dataset_source = ? where rowid = ?", (source, row))
+        with suppress(ValueError, AttributeError):
+            source = {
+                key: f"{new}{uri.removeprefix(str(old))}" if str(uri).startswith(f"{old}/") else uri
+                for key, uri in json.loads(text).items()
+            }
+            if source != json.loads(text):
+                values = (json.dumps(source), row)
+                database.execute("update datasets set dataset_source = ? where rowid = ?", values)
                 count += 1
     return count

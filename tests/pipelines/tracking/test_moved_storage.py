@@ -13,13 +13,14 @@ import pytest
 from mlflow.store.model_registry.sqlalchemy_store import SqlAlchemyStore as RegistryStore
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore as TrackingStore
 
-from data_prep.manifest import MANIFEST_VERSION, Manifest
+from data_prep.manifest import MANIFEST_VERSION, Manifest, write_manifest
 from data_prep.preprocess import ShardOptions
 from data_prep.storage import open_storage
 from data_prep.uris import file_url, path_from_sqlite_url, sqlite_url
 from pipelines.private.mlflow_tables import REGISTRY_TAG
 from pipelines.registry.client import download_artifact, find_version, registry_client
 from pipelines.tracking import runs
+from pipelines.tracking.datasets import log_dataset
 from pipelines.tracking.moved_storage import adopt_copy, original_registry_uri, relocate_if_moved
 from pipelines.tracking.runs import Tracking, TrackingError, ensure_experiment, resolve_tracking
 
@@ -43,7 +44,9 @@ def make_storage(folder: Path, empty: Path) -> Tracking:
     client = tracking.client()
     runs.log_text(client, run, "note.txt", "of the run")
     manifest = Manifest(MANIFEST_VERSION, "photos", ShardOptions(), "0" * 64, {"train": 1}, 1, (), (), ())
-    runs.log_dataset(client, run, str(folder / "work" / "key" / "a1"), manifest)
+    shards = open_storage(folder / "work" / "key" / "a1")
+    write_manifest(shards, manifest)
+    log_dataset(client, run, shards)
     model = client.create_logged_model(client.get_run(run).info.experiment_id, "model", run).model_id
     (folder / "model.txt").write_text("of the model")
     client.log_model_artifact(model, str(folder / "model.txt"))
@@ -102,6 +105,7 @@ def test_artifact_uris_follow_a_moved_storage(
     assert cells_with(new / "mlflow.db", str(old)) == [f"experiment_tags: {old_storage.uri}"]
     (source,) = [cell for cell in cells_with(new / "mlflow.db", "work/key") if cell.startswith("datasets")]
     assert f"{new}/work/key/a1" in source
+    assert '"uri": "photos"' in source
     assert original_registry_uri(tracking.uri) == old_storage.uri
     relocate_if_moved(tracking.uri)
     assert capsys.readouterr().err == ""
