@@ -2,6 +2,7 @@
 # make check     lint and the fast tests, without Ray and servers (two minutes);   make test   the test suite
 # make soak      the long tests: every model instead of one or two, runs with many injected faults, the wheel
 # make lint      ruff and mypy;   make bench   the benchmarks
+# make gpu       on a machine with a GPU: is training right, and how fast? five minutes, needs torch but neither Ray nor MLflow
 # make docs      the site, from docs/ into build/docs; warnings are errors
 # make coverage  the fast tests with coverage.py: prints the lines covered per file and in total
 # make wheel     the package, into dist/
@@ -11,7 +12,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo check test lint bench soak docs coverage wheel validate-infra clean
+.PHONY: demo check test lint bench soak gpu docs coverage wheel validate-infra clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -42,6 +43,10 @@ lint: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python -m pytest -m benchmark tests -s
+
+# with the machine's own Python, which has a torch for its GPU; ONLY="gradients speed" runs two parts
+gpu:
+	@PYTHONPATH=.:tests $(PYTHON) -m gpu $(if $(ONLY),--only $(ONLY))
 
 # INPAINT_SOAK: number of random fault schedules (default 20), two minutes each
 soak: $(READY)

@@ -12,8 +12,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import PurePath
 
-import psutil
-
 NUMBER = r"([0-9]+(?:\.[0-9]+)?)"
 NODE_MEMORY = re.compile(rf"\bwas {NUMBER}GB(?: used)? / {NUMBER}GB\b")
 # Ray 2.60: (Task: job ID=..., task name=..., pid=..., actual memory used=...GB; before: name=..., pid=..., memory used=
@@ -151,6 +149,8 @@ def _task_function(name: str) -> str:
 
 def _measure_machine() -> MemoryUse | None:
     """The machine's memory now. None if much of it is free: then this process ran into a limit of its own."""
+    import psutil  # CUDA's messages are explained without it
+
     memory = psutil.virtual_memory()
     if memory.percent < FULL_PERCENT:
         return None
