@@ -14,14 +14,13 @@ from pipelines.inference.fill_checks import hole_warning, seam_warning, tile_war
 from pipelines.inference.fill_inputs import read_hole, read_user_edges
 from pipelines.inference.photo_file import PhotoFile, read_photo_file
 from pipelines.inference.seam import measure_seam
-from pipelines.inference.tiles import Tile, TilePlan, downscale, downscale_mask, upscale
+from pipelines.inference.tiles import MIN_TILE_SIZE, Tile, TilePlan, downscale, downscale_mask, upscale
 
 if TYPE_CHECKING:
     # imports torch and MLflow, which takes seconds
     from pipelines.registry.loaded_model import LoadedModel
 
 
-MIN_TILE_SIZE = 32  # pixels
 MAX_LISTED = 6  # tiles described one by one in the report
 
 

@@ -8,7 +8,8 @@ photograph crosses it.
 The limits were chosen on 72 holes (squares, ellipses and strokes) in the bundled photographs. Of the photographs
 themselves, as a perfect fill, 1 of 72 is taken for a seam; of fills by Telea, Navier-Stokes and PatchMatch none; of
 blended fills 1 of 72 per method. An offset of 12 levels is found in 45 of 72, of 24 levels in 61: the others are in
-textures that hide it.
+textures that hide it. Of fills by the demo's models (context_encoder, edge_connect) 40 of 55 and 64 of 72 show one, with a
+median step of 22 and 35 levels; blended, 5 and 10 do.
 """
 
 from __future__ import annotations

@@ -198,7 +198,7 @@ def test_a_hole_larger_than_in_training_warns(files: dict[str, Path]) -> None:
     assert any(
         "larger than toy was trained for" in warning and "30%" in warning for warning in report.warnings
     )
-    assert run(files, loaded_model(hole_range=[0.1, 0.9], size=32), blend=True).warnings == ()
+    assert run(files, loaded_model(hole_range=[0.1, 0.9], size=64), blend=True).warnings == ()
 
 
 def test_large_photographs_are_filled_in_tiles(tmp_path: Path) -> None:

@@ -127,9 +127,9 @@ def test_tiles_larger_than_in_training_warn(tmp_path: Path) -> None:
 
     assert warnings(size=40) == (
         "the tile is larger than toy was trained on: 128x128 px, trained on 40x40; expect a worse fill; --max-tile-size "
-        "80 downscales it, or train with a larger data.size",
+        "40 downscales it, or train with a larger data.size",
     )
-    assert warnings(size=40, max_tile_size=80) == ()
-    assert warnings(size=64) == ()
+    assert warnings(size=40, max_tile_size=60) == ()
+    assert warnings(size=86) == ()
     assert warnings("context_encoder", size=40) == ()  # resamples to its window
     assert len(warnings("deepfill_v2", size=40)) == 1

@@ -251,7 +251,7 @@ def test_warnings_are_listed_by_photograph(folders: Path) -> None:
     hole = np.zeros((44, 60), bool)
     hole[4:40, 4:50] = True
     Image.fromarray(hole).save("masks/a.png")
-    model, options = loaded_model(hole_range=[0.1, 0.3], size=32), FillOptions(blend=True)
+    model, options = loaded_model(hole_range=[0.1, 0.3], size=64), FillOptions(blend=True)
     result = run(model, options=options)
     ((name, warning),) = result.warnings
     assert name == "a.png"
