@@ -128,8 +128,8 @@ def _print_status(workflow: Workflow, progress: dict[str, StepProgress]) -> None
     print_table(["step", "state", "attempts", "seconds", "note"], rows)
     for step in steps:
         if step.state == "running" and step.name in progress:
-            for note in progress[step.name].notes:
-                print(f"{step.name}: {note.text} ({seconds_since(note.at):.0f} s ago)")
+            for event in progress[step.name].notes:
+                print(f"{step.name}: {event.text} ({seconds_since(event.at):.0f} s ago)")
     for step in steps:
         if step.id.kind == StepKind.SWEEP and step.key:
             _print_trials(workflow, step.key)

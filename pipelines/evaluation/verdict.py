@@ -110,8 +110,8 @@ def verdict(evaluation: EvaluationResult, method: str, metric: str) -> Verdict:
     if not known:
         return Verdict(method, metric, row.metrics[metric], row.n, masks=several)
     baseline = (max if higher_is_better(metric) else min)(known, key=lambda name: known[name])
-    columns = (complete_scores(evaluation, name, masks)[metric] for name in (baseline, method))
-    difference = paired_difference(*columns, metric, masks)
+    untrained, trained = (complete_scores(evaluation, name, masks)[metric] for name in (baseline, method))
+    difference = paired_difference(untrained, trained, metric, masks)
     return Verdict(method, metric, row.metrics[metric], row.n, baseline, difference, masks=several)
 
 

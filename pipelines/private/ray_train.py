@@ -83,4 +83,4 @@ PRIVATE_APIS: dict[str, tuple[str, str]] = {
 def hide_internal_calls() -> None:
     """In a controller, before it starts workers: do not list Ray Train's own calls among the tasks in Ray's dashboard."""
     ray.method(enable_task_events=False)(RayTrainWorker.poll_status)
-    SynchronizationActor._default_options["enable_task_events"] = False
+    SynchronizationActor._default_options["enable_task_events"] = False  # type: ignore[attr-defined]

@@ -148,7 +148,7 @@ def fit(
                 storage_filesystem=filesystem,
                 failure_config=FailureConfig(max_failures=scaling.max_failures),
                 checkpoint_config=CheckpointConfig(num_to_keep=keep_checkpoints),
-                callbacks=[AnnounceLostWorkers(job)],
+                callbacks=[AnnounceLostWorkers(job)],  # type: ignore[list-item]  # Train V2's own kind
             ),
         ).fit()
     except Exception as error:
