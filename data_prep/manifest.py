@@ -117,7 +117,9 @@ def describe_exclusions(manifest: Manifest, max_listed: int = 10) -> dict[str, s
 
     facts = {
         "rejects": list_entries([f"{reject.name}: {reject.reason}" for reject in manifest.rejects]),
-        "duplicates": list_entries([f"{entry.name}: {entry.duplicate_of}" for entry in manifest.duplicates]),
+        "duplicates": list_entries(
+            [f"{entry.name} is a copy of {entry.duplicate_of}" for entry in manifest.duplicates]
+        ),
     }
     if manifest.left_out is not None:
         facts["left out"] = "; ".join(left_out_lines(manifest.left_out, max_listed)) or "0"

@@ -90,7 +90,7 @@ def test_photographs_are_described_with_printable_names() -> None:
     assert facts["photographs"] == "3 train, 1 val, 0 test"
     assert facts["rejects"].startswith(r"12 (\udce9\n0.jpg: empty; ")
     assert facts["rejects"].endswith("; and 2 more)")
-    assert facts["duplicates"] == "1 (b.jpg: a.jpg)"
+    assert facts["duplicates"] == "1 (b.jpg is a copy of a.jpg)"
     assert facts["left out"] == "2 companions (._a.jpg, ._b.jpg)"
     assert "".join(facts.values()).encode().isascii()
     assert count_text(manifest) == "3 train, 1 val, 0 test; 12 rejects, 1 duplicate, 2 left out"
