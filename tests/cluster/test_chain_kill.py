@@ -7,6 +7,7 @@ import re
 import tarfile
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -148,6 +149,9 @@ def test_a_second_run_is_cached_and_starts_no_ray(finished: FinishedDemo) -> Non
     assert f"photographs: {counts}; 4 rejects, " in run.output
     assert "context_encoder version 1: " in run.output, "read from the report, which is not written again"
     assert [*run.storage.glob("reports/*")] == [report]
+    shown = replace(run, command="report")  # of the run with these options
+    assert shown.finish(shown.start(storage=False)) == 0, shown.output
+    assert f": runs/reports/{report.name}\n" in shown.output
     assert started_processes == set()
     assert run.manifests() == manifests
     assert run.query_mlflow("select count(*) from metrics") == points
