@@ -72,8 +72,10 @@ def list_reports(
             continue
         if digest is not None and match["digest"] != digest:
             continue
-        date = match["date"] and datetime.strptime(match["date"], _DATE_FORMAT).replace(tzinfo=UTC)
-        reports.append(ReportFile(key, match["name"], match["digest"], date or None))
+        date = None
+        if match["date"]:
+            date = datetime.strptime(match["date"], _DATE_FORMAT).replace(tzinfo=UTC)
+        reports.append(ReportFile(key, match["name"], match["digest"], date))
     oldest = datetime.min.replace(tzinfo=UTC)
     return sorted(reports, key=lambda report: (report.date or oldest, report.key), reverse=True)
 
