@@ -39,6 +39,7 @@ def add_report(add: AddCommand) -> None:
 
 
 def report_command(args: argparse.Namespace) -> int:
+    from pipelines.cli.reporting import relative_path
     from pipelines.report_files import as_local_file, headline, list_reports, newest_report, run_names
 
     name, storage, digest = _find_storage(args)
@@ -53,7 +54,7 @@ def report_command(args: argparse.Namespace) -> int:
     else:
         for sentence in headline(storage, newest.key):
             print(sentence)
-        print(f"{newest.name}, {newest.date_text}: {path}")
+        print(f"{newest.name}, {newest.date_text}: {relative_path(path)}")
     if args.open:
         _open_in_browser(path)
     return 0

@@ -15,6 +15,7 @@ from pipelines.sweeps.report.figures import Picture, draw_pictures, sweep_pictur
 from pipelines.sweeps.report.statistics import format_value, label_axes
 from pipelines.sweeps.report.text import (
     baseline_sentences,
+    best_sentences,
     better_direction,
     changed_values,
     metric_title,
@@ -90,15 +91,17 @@ def sweep_html(
         recipe_file=best_recipe_file(result.name),
         command=f"inpaint run {shlex.quote(best_recipe_file(result.name))}",
         fields={path: _format_domain(spec) for path, spec in result.fields.items()},
-        head={name: result.about[name] for name in HEAD_FACTS if name in result.about},
+        head=_head_facts(result),
         facts={name: value for name, value in _run_facts(result).items() if name not in HEAD_FACTS},
         max_rows=MAX_VISIBLE_ROWS,
     )
 
 
 def headline_sentences(result: SweepResult) -> list[str]:
-    """The best setting, and how it compares with the best untrained method in the metric that decides."""
-    return [summary_sentences(result)[0], *list(baseline_sentences(result))[:1]]
+    """The best setting, whether it stands out, and how it compares with the best untrained method in the metric that
+    decides."""
+    axes = label_axes(result)
+    return [*best_sentences(result, axes), *list(baseline_sentences(result))[:1]]
 
 
 def report_title(result: SweepResult) -> str:
@@ -113,6 +116,14 @@ def table_caption(result: SweepResult) -> str:
         f"{pluralize(result.photographs, 'photograph')} of the split {result.split}; mean ± sample standard deviation over "
         f"seeds; {directions}; best in bold."
     )
+
+
+def _head_facts(result: SweepResult) -> dict[str, str]:
+    facts = {name: str(result.about[name]) for name in HEAD_FACTS if name in result.about}
+    return {
+        {"minutes": "duration"}.get(name, name): f"{value} min" if name == "minutes" else value
+        for name, value in facts.items()
+    }
 
 
 def _run_facts(result: SweepResult) -> dict[str, str]:

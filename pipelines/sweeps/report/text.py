@@ -39,7 +39,7 @@ def summary_sentences(result: SweepResult) -> list[str]:
     """The conclusions, most important first; never empty. Differences count only if they are significant over the seeds."""
     axes = label_axes(result)
     sentences = [
-        *_best_sentences(result, axes),
+        *best_sentences(result, axes),
         *baseline_sentences(result),
         *_second_metric_sentences(result, axes),
     ]
@@ -94,7 +94,7 @@ def _list_trials(trials: Sequence[TrialRecord], axes: Sequence[Axis]) -> str:
     return "; ".join(names) + (f"; and {remaining} more" if remaining > 0 else "")
 
 
-def _best_sentences(result: SweepResult, axes: Sequence[Axis]) -> Iterator[str]:
+def best_sentences(result: SweepResult, axes: Sequence[Axis]) -> Iterator[str]:
     metric, ranked = result.metrics[0], scored_groups(result, result.metrics[0])
     name = metric_title(metric)
     if not ranked:

@@ -253,17 +253,24 @@ def test_a_result_worse_than_a_baseline_is_reported():
 
 @pytest.mark.slow
 def test_the_head_says_how_the_best_setting_compares_and_where_the_run_is():
-    facts = {"date": "2026-11-30 15:51 UTC", "MLflow": "http://h/#/experiments/1/runs/a", "search": "grid"}
+    facts = {
+        "date": "2026-11-30 15:51 UTC",
+        "minutes": "3",
+        "MLflow": "http://h/#/experiments/1/runs/a",
+        "search": "grid",
+    }
     result = over_sigma(SIGMAS, baselines={"telea": {PSNR: 23.0}}, about=facts)
     page = sweep_html(result, {}, "")
     head, body = page[: page.index("</header>")], page[page.index("</header>") :]
     leads = re.findall(r'<p class="lead">(.+?)</p>', head)
     assert leads[0].startswith("Best is edges.sigma 1")
-    assert leads[1:] == [
+    assert "distinguishable from the best in PSNR hole" in leads[1]
+    assert leads[2:] == [
         "In PSNR hole the best setting is 0.90 dB worse than the best untrained method, telea (23.00)."
     ]
     assert all(lead not in body for lead in leads)
     assert "<th>date</th><td>2026-11-30 15:51 UTC</td>" in head
+    assert "<th>duration</th><td>3 min</td>" in head
     assert f'<a href="{facts["MLflow"]}">' in head
     assert "<th>search</th><td>grid</td>" in body
 
