@@ -32,7 +32,7 @@ def run_tasks_in_process(task: Any, shared: Any, items: Sequence[Any], *_: Any) 
 def shard(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Shard:
     """Runs `inpaint shard SOURCE out` in `tmp_path`: exit status, output, errors."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(session, "ray_session", lambda debug: contextlib.nullcontext())
+    monkeypatch.setattr(session, "ray_session", lambda debug, job_name: contextlib.nullcontext())
     monkeypatch.setattr(shard_tasks, "run_tasks", run_tasks_in_process)
 
     def shard(source: str, *options: object) -> tuple[int, str, str]:

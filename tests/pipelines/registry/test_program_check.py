@@ -379,7 +379,8 @@ def test_the_commands_refuse_a_malicious_version_in_one_line(
     ):
         assert run_command(*command, "--tracking-uri", quick.uri) == 1, command
         error = capsys.readouterr().err.splitlines()[-1]
-        assert error.startswith(f"inpaint {command[0]}: ")
+        name = " ".join(command[: 2 if command[0] == "models" else 1])
+        assert error.startswith(f"inpaint {name}: ")
         assert message in error
     assert not trap_folder.exists()
 
