@@ -67,7 +67,7 @@ def test_tasks_write_the_same_bytes(
     assert alone[-1] == in_tasks[-1]
     assert "broken.png: " in alone[-1]
     assert "cannot be read as a photograph" in alone[-1]
-    (pending,) = [line for line in inpaint("tasks", 2) if "filled before" in line]
+    (pending,) = [line for line in inpaint("tasks", 2) if "were filled before" in line]
     assert pending == f"filled 0 photographs in tasks; {COUNT} were filled before"
 
 
