@@ -1,26 +1,15 @@
-"""How fast is training? Photographs per second and memory of the papers' recipes, and where the time of a step goes."""
+"""How fast is training? Photographs per second, memory and batch sizes of the papers' recipes."""
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_prep.edge_maps import write_edge_manifest, write_edge_tars
-from data_prep.preprocess import ShardOptions
-from data_prep.shards import merge_partitions, plan_shards, write_partition
-from data_prep.sources import open_source
-from data_prep.storage import open_storage
-from data_prep.stream import BatchStream
 from gpu.kit import (
     MODELS,
     ModelSetup,
@@ -29,7 +18,6 @@ from gpu.kit import (
     free_memory,
     make_batch,
     peak_gib,
-    random_crop,
     setup,
     synchronize,
     tf32,
@@ -56,14 +44,14 @@ PEAK_TERAFLOPS = {
 WARM_UP_STEPS = 3
 
 
-def _learner(model: ModelSetup, phase_name: str, settings: Settings, **options: Any) -> Learner:
+def make_learner(model: ModelSetup, phase_name: str, settings: Settings, **options: Any) -> Learner:
     """A learner that stays in one phase."""
     network = model.build(settings.device)
     phase = network.phase(phase_name)
     return Learner(network, Schedule(((phase, 0, 10**9),)), 0, device=settings.device, **options)
 
 
-def _longest_phases(model: ModelSetup, count: int = 1) -> list[str]:
+def longest_phases(model: ModelSetup, count: int = 1) -> list[str]:
     """The phases in which a recipe spends most of its steps."""
     steps = {phase.name: model.steps.get(phase.name, phase.steps) for phase in model.phases}
     longest = sorted(steps, key=lambda name: -steps[name])[:count]
@@ -96,7 +84,7 @@ def speed(settings: Settings) -> Part:
     for name in MODELS[1:2] if settings.toy else MODELS:
         model = setup(name, settings, small=False)
         batch = make_batch(model, model.batch)
-        for phase in _longest_phases(model, 2 if name == "edge_connect" else 1):
+        for phase in longest_phases(model, 2 if name == "edge_connect" else 1):
             for mode, options in modes:
                 if settings.seconds_left < 0:
                     part.notes.append(f"out of time before {name}, phase {phase}, {mode}")
@@ -124,7 +112,7 @@ def _speed_row(
     free_memory(settings.device)
     try:
         with tf32(options.pop("tf32", False)):
-            learner = _learner(model, phase, settings, **options)
+            learner = make_learner(model, phase, settings, **options)
             seconds = _seconds_per_step(learner, batch, settings)
             teraflops = _teraflops(learner, batch)
     except torch.OutOfMemoryError:
@@ -163,7 +151,7 @@ def compiled(settings: Settings) -> Part:
     for name in ("deepfill_v2", "context_encoder"):
         model = setup(name, settings, small=False)
         batch = make_batch(model, model.batch)
-        (phase,) = _longest_phases(model)
+        (phase,) = longest_phases(model)
         if settings.seconds_left < 45:
             part.notes.append(f"too little time for {name}")
             continue
@@ -171,7 +159,7 @@ def compiled(settings: Settings) -> Part:
             free_memory(settings.device)
             start = time.perf_counter()
             with tf32(True):
-                learner = _learner(
+                learner = make_learner(
                     model, phase, settings, bfloat16=True, channels_last=True, compiled=is_compiled
                 )
                 learner.step(0, batch)
@@ -190,103 +178,6 @@ def compiled(settings: Settings) -> Part:
     return part
 
 
-class _Timer:
-    """Adds up the time of kinds of work, on the GPU's own clock where there is one."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.on_gpu = settings.on_gpu
-        self.spans: list[tuple[str, Any, Any]] = []
-
-    def _now(self) -> Any:
-        if not self.on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def wrap(self, kind: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def timed(*arguments: Any, **options: Any) -> Any:
-            start = self._now()
-            result = function(*arguments, **options)
-            self.spans.append((kind, start, self._now()))
-            return result
-
-        return timed
-
-    def milliseconds(self) -> dict[str, float]:
-        if self.on_gpu:
-            torch.cuda.synchronize()
-        sums: dict[str, float] = {}
-        for kind, start, end in self.spans:
-            elapsed = start.elapsed_time(end) if self.on_gpu else 1000 * (end - start)
-            sums[kind] = sums.get(kind, 0.0) + elapsed
-        return sums
-
-
-@contextmanager
-def _timed(learner: Learner, timer: _Timer) -> Iterator[None]:
-    """Within it the parts of each step of this learner are timed."""
-    model: Any = learner.model
-    methods = (
-        (learner, "_to_device", "batch to the device"),
-        (learner, "_generate", "forward"),
-        (model, "discriminator_losses", "forward"),
-        (model, "generator_losses", "forward"),
-    )
-    for owner, name, kind in methods:
-        setattr(owner, name, timer.wrap(kind, getattr(owner, name)))
-    backward = torch.Tensor.backward
-    torch.Tensor.backward = timer.wrap("backward", backward)  # type: ignore[method-assign]
-    for optimizer in learner.optimizers.values():
-        optimizer.step = timer.wrap("optimizer", optimizer.step)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        torch.Tensor.backward = backward  # type: ignore[method-assign]
-        for owner, name, _ in methods:
-            delattr(owner, name)
-
-
-def split(settings: Settings) -> Part:
-    """Where the time of a step goes, with batches from the stream."""
-    part = Part()
-    with tempfile.TemporaryDirectory() as folder:
-        for name in ("edge_connect", "deepfill_v2"):
-            model = setup(name, settings, small=False)
-            stream = _stream(model, Path(folder, name), settings)
-            phase = _longest_phases(model)[0]
-            learner = _learner(model, phase, settings, channels_last=True)
-            steps = 4 if settings.toy else 20
-            timer, waiting, start = _Timer(settings), 0.0, 0.0
-            with tf32(True):
-                batches = stream.iter_batches(0, steps + WARM_UP_STEPS)
-                for step in range(steps + WARM_UP_STEPS):
-                    before = time.perf_counter()
-                    batch = next(batches).as_dict()
-                    if step == WARM_UP_STEPS:
-                        synchronize(settings.device)
-                        start, before = time.perf_counter(), time.perf_counter()
-                    if step < WARM_UP_STEPS:
-                        learner.step(step, batch)
-                        continue
-                    waiting += time.perf_counter() - before
-                    with _timed(learner, timer):
-                        learner.step(step, batch)
-                synchronize(settings.device)
-            total = (time.perf_counter() - start) / steps
-            sums = {f"{kind}, ms": value / steps for kind, value in timer.milliseconds().items()}
-            part.rows.append(
-                {
-                    "model": name,
-                    "phase": phase,
-                    "step, ms": 1000 * total,
-                    **sums,
-                    "waiting for data, ms": 1000 * waiting / steps,
-                }
-            )
-    return part
-
-
 def batch_sizes(settings: Settings) -> Part:
     """Memory at two batches gives the largest batch; one run confirms nine tenths of it."""
     part = Part()
@@ -299,7 +190,7 @@ def batch_sizes(settings: Settings) -> Part:
             part.notes.append(f"out of time before {name}")
             break
         model = setup(name, settings, small=False)
-        phase = _longest_phases(model)[0]
+        phase = longest_phases(model)[0]
         small, large = model.batch, 2 * model.batch
         at_small, at_large = (_peak(model, phase, count, settings) for count in (small, large))
         per_photo = (at_large - at_small) / (large - small)
@@ -326,90 +217,9 @@ def _peak(model: ModelSetup, phase: str, count: int, settings: Settings) -> floa
     batch = {key: np.resize(value, (count, *value.shape[1:])) for key, value in few.items()}
     free_memory(settings.device)
     try:
-        learner = _learner(model, phase, settings)
+        learner = make_learner(model, phase, settings)
         for step in range(2):
             learner.step(step, batch)
     except torch.OutOfMemoryError:
         return float("nan")
     return peak_gib(settings.device)
-
-
-def _stream(model: ModelSetup, folder: Path, settings: Settings, threads: int = 0) -> BatchStream:
-    """A stream over shards of crops of the photographs."""
-    photos = folder / "photos"
-    photos.mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    for number in range(16 if settings.toy else 256):
-        cv2.imwrite(str(photos / f"{number}.jpg"), random_crop(model.size, rng)[..., ::-1])
-    source, shards = open_source(str(photos)), open_storage(folder / "shards")
-    options = ShardOptions(size=model.size, val=0, test=0)
-    partitions, _ = plan_shards(source, shards, options, 64)
-    results = [write_partition(source, partition, shards, options) for partition in partitions]
-    manifest = merge_partitions(results, options, source.uri, shards)
-    edges = shards.subfolder("edges/sigma-2")
-    entries = [write_edge_tars(shards, entry, {2.0: edges})[2.0] for entry in manifest.shards]
-    write_edge_manifest(entries, 2.0, manifest.digest, edges)
-    return BatchStream(
-        shards,
-        "train",
-        size=model.size,
-        batch_size=model.batch,
-        masks=model.masks,
-        edges={2.0: edges},
-        edge_source="full",
-        threads=threads or min(8, os.cpu_count() or 1),
-    )
-
-
-def stream(settings: Settings) -> Part:
-    """Photographs per second of the stream alone, by threads, on this machine's cores."""
-    part = Part()
-    model = setup("edge_connect", settings, small=False)
-    cores = os.cpu_count() or 1
-    with tempfile.TemporaryDirectory() as folder:
-        for threads in (1,) if settings.toy else sorted({1, 4, cores}):
-            batches = _stream(model, Path(folder, str(threads)), settings, threads)
-            count = 2 if settings.toy else 64
-            start = time.perf_counter()
-            for _ in batches.iter_batches(0, count):
-                pass
-            elapsed = time.perf_counter() - start
-            part.rows.append(
-                {
-                    "size": model.size,
-                    "threads": threads,
-                    "cores": cores,
-                    "photographs/s": count * model.batch / elapsed,
-                }
-            )
-    return part
-
-
-def minute(settings: Settings) -> Part:
-    """A minute of edge_connect at the paper's width: do its losses fall?"""
-    part = Part()
-    model = setup("edge_connect", settings, small=False)
-    seconds = 1.0 if settings.toy else min(60.0, max(10.0, settings.seconds_left - 5))
-    with tempfile.TemporaryDirectory() as folder, tf32(True):
-        batches = _stream(model, Path(folder), settings)
-        learner = _learner(model, "inpaint_canny", settings, bfloat16=settings.on_gpu, channels_last=True)
-        values: list[float] = []
-        start = time.perf_counter()
-        for step, batch in enumerate(batches.iter_batches(0, 10**6)):
-            values.append(float(learner.step(step, batch.as_dict())["l1"]))
-            if time.perf_counter() - start > seconds and len(values) >= 8:
-                break
-        elapsed = time.perf_counter() - start
-    quarter = max(1, len(values) // 4)
-    first, last = float(np.mean(values[:quarter])), float(np.mean(values[-quarter:]))
-    part.rows.append(
-        {
-            "steps": len(values),
-            "photographs/s": len(values) * model.batch / elapsed,
-            "l1, first quarter": first,
-            "l1, last quarter": last,
-        }
-    )
-    if not settings.toy:
-        part.check(last < first, f"l1 does not fall in {seconds:.0f} s: {first:.4f} to {last:.4f}")
-    return part
