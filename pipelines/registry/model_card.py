@@ -211,7 +211,7 @@ def _limits(metadata: Mapping[str, Any], metrics: Mapping[str, float]) -> list[s
     if size := metadata.get("size"):
         lines.append(
             f"Trained on {size} x {size} pixels: it has seen no structures larger than that. `inpaint fill` fills larger "
-            "photographs in windows."
+            "photographs in tiles."
         )
     if metadata.get("true_edges"):
         lines.append("It gets the true edges of the whole photograph, also in the hole: for studies only.")
