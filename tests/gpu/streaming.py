@@ -80,6 +80,8 @@ def _timed(learner: Learner, timer: _Timer) -> Iterator[None]:
         torch.Tensor.backward = backward  # type: ignore[method-assign]
         for owner, name, _ in methods:
             delattr(owner, name)
+        for optimizer in learner.optimizers.values():
+            del optimizer.step
 
 
 def split(settings: Settings) -> Part:
