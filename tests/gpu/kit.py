@@ -298,4 +298,4 @@ def write_results(settings: Settings, parts: Mapping[str, Part]) -> None:
 
 
 def _text(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
