@@ -14,6 +14,7 @@ from gpu.__main__ import PARTS
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.slow  # trains each model for a few steps
 def test_the_programme_runs_with_few_packages(tmp_path: Path) -> None:
     done = subprocess.run(
@@ -21,6 +22,8 @@ def test_the_programme_runs_with_few_packages(tmp_path: Path) -> None:
             sys.executable,
             ROOT / "tests/support/few_packages.py",
             "--toy",
+            "--seconds",
+            "3600",
             "--device",
             "cpu",
             "--out",

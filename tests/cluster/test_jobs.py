@@ -57,6 +57,9 @@ RECIPE = [
 SETS = [argument for value in RECIPE for argument in ("--set", value)]
 
 
+pytestmark = pytest.mark.timeout(600)  # the first test starts a cluster, servers and a whole run
+
+
 @dataclass(frozen=True)
 class Deployment:
     """The cluster to which the tests submit, its servers and its secrets."""
@@ -424,7 +427,6 @@ def objects(deployment: Deployment, prefix: str) -> list[str]:
 
 
 @pytest.mark.soak
-@pytest.mark.timeout(600)
 def test_a_job_resumes_on_another_cluster_after_its_cluster_died(deployment: Deployment) -> None:
     """Only the bucket and MLflow remain. Each point of the curves is logged exactly once."""
     steps = ["--set", "models.context_encoder.train.steps={train: 400}", "--set", "scaling.workers=2"]
