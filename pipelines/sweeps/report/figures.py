@@ -76,7 +76,7 @@ def draw_pictures(result: SweepResult, evaluations: Mapping[int, EvaluationResul
     if len(metrics) > 1 and len(groups_with_two_scores(result)) > 1:
         alt_text = f"settings by {metric_names}, with the Pareto front"
         pictures.append(Picture("front.png", f"Pareto front of {metric_names}", pareto_png(result), alt_text))
-    if any(finite_points(trial.curve) for trial in result.trials):
+    if any(len(finite_points(trial.curve)) > 1 for trial in result.trials):
         alt_text = "validation PSNR in the holes against steps, one line per trial"
         pictures.append(
             Picture(

@@ -136,6 +136,16 @@ def test_which_pictures_are_drawn(result, names, evaluations):
 
 
 @pytest.mark.slow
+def test_curves_of_single_points_are_not_drawn(evaluations):
+    result = over_sigma(SIGMAS)
+    trials = tuple(replace(trial, curve=CURVE[:1]) for trial in result.trials)
+    names = {
+        name.removesuffix(".png") for name in sweep_pictures(replace(result, trials=trials), evaluations)
+    }
+    assert names == SIGMA_PICTURES - {"training"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [60, pytest.param(200, marks=pytest.mark.soak)])
 def test_pictures_of_many_trials_with_long_names_stay_small(count):
     page = sweep_html(replace(many(count), model="a_model_of_" + "many_words_" * 12), {}, "name: best\n")
