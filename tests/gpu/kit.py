@@ -20,7 +20,7 @@ import yaml
 
 from data_prep.canny import canny_edges
 from data_prep.masks import open_masks
-from models import build_model, model_class
+from models import build_model, meta_model, model_class
 from models.base import Model, Phase, Schedule
 from models.features import VGG_CHANNELS, VGG_CONVS_PER_LEVEL
 from pipelines.training.learner import Learner
@@ -104,7 +104,7 @@ class ModelSetup:
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        return self.build().phases
+        return meta_model(self.name, self.options).phases
 
 
 def setup(name: str, settings: Settings, small: bool) -> ModelSetup:
