@@ -2,7 +2,7 @@
 
 Lengths are in the papers' pixels: for images of 256 (the context encoder's kinds `center` and `region`: 128), scaled
 by min(H, W). The papers: CE = context encoder 2016, DF1/DF2 = DeepFill 2018/2019, EC = EdgeConnect 2019,
-GLCIC 2017.
+GLCIC 2017. Those of LaMa and MAT are in mask_benchmarks.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from collections.abc import Callable
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw
+
+from data_prep.mask_benchmarks import lama_medium, lama_thick, lama_thin, mat_large, mat_small
+from data_prep.mask_strokes import zigzag_strokes
 
 
 def center(height: int, width: int, rng: np.random.Generator, overlap: float = 0) -> np.ndarray:
@@ -105,33 +107,11 @@ def brush(
         raise ValueError(
             "mask options of brush: strokes >= 1, 1 <= min_vertices <= max_vertices, likewise the widths"
         )
-    image = Image.new("L", (width, height))
-    # Pillow's lines have exactly the given width; OpenCV's are up to two pixels wider, and drawing takes less than half
-    # of the time (tests/benchmarks/test_masks.py)
-    pen = ImageDraw.Draw(image)
+    count = int(rng.integers(1, strokes + 1))
     scale = min(height, width) / 256
-    reach = math.hypot(height, width) / 8
-    right, bottom = width - 1, height - 1
-    for _ in range(rng.integers(1, strokes + 1)):
-        count = rng.integers(min_vertices, max_vertices + 1)
-        low, high = 2 * math.pi / 5 + np.array([-1, 1]) * rng.uniform(0, 2 * math.pi / 15, 2)
-        angles = rng.uniform(low, high, count)
-        angles[::2] = 2 * math.pi - angles[::2]
-        radii = np.clip(rng.normal(reach, reach // 2, count), 0, 2 * reach)
-        thickness = max(1, round(float(rng.integers(min_width, max_width + 1)) * scale))
-        x, y = rng.integers(0, (width, height)).tolist()
-        points = [(x, y)]
-        # a loop, because each vertex is clipped to the image; Python's floats are faster here than NumPy's
-        for dx, dy in zip((np.cos(angles) * radii).tolist(), (np.sin(angles) * radii).tolist()):
-            x, y = min(max(x + dx, 0), right), min(max(y + dy, 0), bottom)
-            points.append((int(x), int(y)))
-        pen.line(points, 1, thickness)
-        radius = (thickness - 1) / 2
-        for x, y in points:  # round joints and ends; a disc of one pixel is a point
-            pen.ellipse((x - radius, y - radius, x + radius, y + radius), 1) if radius else pen.point(
-                (x, y), 1
-            )
-    return np.array(image)
+    return zigzag_strokes(
+        height, width, rng, count, (min_vertices, max_vertices), (min_width, max_width), scale
+    )
 
 
 def box_and_brush(
@@ -226,4 +206,9 @@ MASK_GENERATORS: dict[str, Callable[..., np.ndarray]] = {
     "brush": brush,
     "box_and_brush": box_and_brush,
     "half": half,
+    "lama_thin": lama_thin,
+    "lama_medium": lama_medium,
+    "lama_thick": lama_thick,
+    "mat_small": mat_small,
+    "mat_large": mat_large,
 }

@@ -30,8 +30,8 @@ HOLE_AREA_BANDS = ("0-10", "10-20", "20-30", "30-40", "40-50", "50-60", "60-100"
 def make_mask(kind: str, height: int, width: int, rng: np.random.Generator, **options: Any) -> np.ndarray:
     """A random mask uint8 [height, width], 1 = hole, as in one of the papers. `rng` is the only source of randomness.
 
-    kinds: center, box, block, region, brush, box_and_brush, half. The options are the keywords of the function of
-    that name in mask_shapes.py. Raises ValueError for an unknown kind or option (with the nearest known name) and for
+    kinds: center, box, block, region, brush, box_and_brush, half, lama_thin, lama_medium, lama_thick, mat_small,
+    mat_large. The options are the keywords of the function of that name in mask_shapes.py or mask_benchmarks.py. Raises ValueError for an unknown kind or option (with the nearest known name) and for
     images under 8 pixels.
     """
     check_kind(kind, options)

@@ -115,8 +115,9 @@ Masks = Annotated[
     dict[str, float | dict[str, Scalar | list[float | str]]],
     BeforeValidator(lambda value: {value: 1.0} if isinstance(value, str) else value),
 ]
-"""Kinds of masks (center, box, block, region, brush, box_and_brush, half) or folders -> weight or options, such as
-`center`, `{block: 1, half: 1}`, `{brush: {max_width: 20, weight: 2}}`, `{photos/masks: {hole: 2}}`."""
+"""Kinds of masks (center, box, block, region, brush, box_and_brush, half, lama_thin, lama_medium, lama_thick, mat_small,
+mat_large) or folders -> weight or options, such as `center`, `{block: 1, half: 1}`,
+`{brush: {max_width: 20, weight: 2}}`, `{photos/masks: {hole: 2}}`."""
 
 
 class Train(Section):
