@@ -31,8 +31,8 @@ def make_mask(kind: str, height: int, width: int, rng: np.random.Generator, **op
     """A random mask uint8 [height, width], 1 = hole, as in one of the papers. `rng` is the only source of randomness.
 
     kinds: center, box, block, region, brush, box_and_brush, half, lama_thin, lama_medium, lama_thick, mat_small,
-    mat_large. The options are the keywords of the function of that name in mask_shapes.py or mask_benchmarks.py. Raises ValueError for an unknown kind or option (with the nearest known name) and for
-    images under 8 pixels.
+    mat_large. The options are the keywords of the function of that name in mask_shapes.py or mask_benchmarks.py.
+    Raises ValueError for an unknown kind or option (with the nearest known name) and for images under 8 pixels.
     """
     check_kind(kind, options)
     if min(height, width) < MIN_MASK_SIDE:
