@@ -10,13 +10,11 @@ from typing import Any
 import numpy as np
 
 from data_prep.masks import HOLE_AREA_BANDS
+from pipelines.evaluation.intervals import BOOTSTRAP_RESAMPLES, CONFIDENCE_LEVEL, MIN_PAIRS, bca_intervals
 from pipelines.evaluation.metrics import higher_is_better
 from pipelines.evaluation.results import EvaluationResult
 from pipelines.evaluation.tables import METRIC_COLUMNS
 
-CONFIDENCE_LEVEL = 0.95
-MIN_PAIRS = 10  # for an interval: with fewer pairs a bootstrap interval is too short
-BOOTSTRAP_RESAMPLES = 9999
 INTERVAL_NOTE = (
     f"{CONFIDENCE_LEVEL * 100:.0f} % intervals of the mean paired difference: BCa bootstrap over photographs, "
     f"{BOOTSTRAP_RESAMPLES} draws"
@@ -145,23 +143,11 @@ def paired_difference(
 def bca_interval(
     values: np.ndarray, level: float = CONFIDENCE_LEVEL, seed: int = 0
 ) -> tuple[float, float] | None:
-    """BCa bootstrap interval of a mean (bias-corrected and accelerated, Efron 1987); None below MIN_PAIRS values."""
+    """`bca_intervals` of one mean; None below MIN_PAIRS values."""
     if len(values) < MIN_PAIRS:
         return None
-    if np.ptp(values) == 0:  # all resamples are equal
-        return float(values[0]), float(values[0])
-    from scipy.stats import bootstrap  # importing it takes a second
-
-    ci = bootstrap(
-        (values,),
-        np.mean,
-        confidence_level=level,
-        n_resamples=BOOTSTRAP_RESAMPLES,
-        method="BCa",
-        batch=max(1, 2_000_000 // len(values)),
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(ci.low), float(ci.high)
+    low, high = bca_intervals(values[None], level, seed)[0]
+    return float(low), float(high)
 
 
 def _digits(metric: str) -> int:

@@ -10,6 +10,15 @@ from dataclasses import dataclass
 from data_prep.masks import HOLE_AREA_BANDS
 from pipelines.evaluation.metrics import METRIC_COLUMNS, higher_is_better
 from pipelines.evaluation.results import EvaluationResult, MethodSummary, masks_title
+from pipelines.evaluation.significance import (
+    INTERVALS_NOTE,
+    TOO_FEW_NOTE,
+    WORSE_MARK,
+    WORSE_NOTE,
+    MeanStats,
+    has_best,
+    mean_stats,
+)
 
 BAND_COLUMN = METRIC_COLUMNS[0]
 MAX_NAME_CHARS = 30
@@ -20,6 +29,12 @@ MAX_LINE_CHARS = 100
 class Cell:
     text: str
     best: bool = False
+    worse: bool = False
+    """Worse than the best of the column by more than chance."""
+    interval: str = ""
+    """`16.85 to 17.90`; '': there is none."""
+    half_width: str = ""
+    """Half of the interval's width: `±0.53`."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +53,14 @@ def main_tables(evaluation: EvaluationResult) -> list[Table]:
     tables = []
     for masks in evaluation.bands:
         rows = [evaluation.row(method, masks) for method in evaluation.methods]
+        stats = mean_stats(evaluation, masks, [metric for _, metric, _ in METRIC_COLUMNS])
         columns = [
-            _format_column([row.metrics.get(metric) for row in rows], metric, decimals)
+            _format_column(
+                [row.metrics.get(metric) for row in rows],
+                metric,
+                decimals,
+                [stats.get((row.method, metric)) for row in rows],
+            )
             for _, metric, decimals in METRIC_COLUMNS
         ]
         headings = [heading for heading, *_ in METRIC_COLUMNS]
@@ -53,34 +74,42 @@ def main_tables(evaluation: EvaluationResult) -> list[Table]:
                 tuple(headings),
                 tuple((row.method, tuple(column[i] for column in columns)) for i, row in enumerate(rows)),
                 _caption(evaluation, masks),
-                _notes(evaluation, masks, rows),
+                (*_notes(evaluation, masks, rows), *_legend(columns)),
             )
         )
     return tables
 
 
 def band_tables(evaluation: EvaluationResult) -> list[Table]:
-    """PSNR inside the hole by hole area, for mask sets with more than one hole-area band."""
+    """PSNR inside the hole by hole area, for mask sets with more than one hole-area band; for the legend see the main
+    table, which stands above."""
     heading, metric, decimals = BAND_COLUMN
     tables = []
     for masks, bands in evaluation.bands.items():
         bands_present = [band for band in HOLE_AREA_BANDS if band in bands]
         if len(bands_present) > 1:
-            columns = [
-                _format_column(
-                    [evaluation.row(m, masks, band).metrics.get(metric) for m in evaluation.methods],
-                    metric,
-                    decimals,
+            columns = []
+            for band in bands_present:
+                means = [evaluation.row(m, masks, band).metrics.get(metric) for m in evaluation.methods]
+                stats = mean_stats(evaluation, masks, [metric], band)
+                columns.append(
+                    _format_column(
+                        means, metric, decimals, [stats.get((m, metric)) for m in evaluation.methods]
+                    )
                 )
-                for band in bands_present
-            ]
             lines = tuple(
                 (m, tuple(column[i] for column in columns)) for i, m in enumerate(evaluation.methods)
             )
             counts = ", ".join(f"{bands.count(band)} of {band} %" for band in bands_present)
             caption = f"{heading} by hole area · {masks_title(masks)} · photographs: {counts}"
             tables.append(
-                Table(masks_title(masks), tuple(f"{band} %" for band in bands_present), lines, caption, ())
+                Table(
+                    masks_title(masks),
+                    tuple(f"{band} %" for band in bands_present),
+                    lines,
+                    caption,
+                    (),
+                )
             )
     return tables
 
@@ -97,17 +126,28 @@ def table_markdown(evaluation: EvaluationResult) -> str:
     )
 
 
-def _format_column(values: Sequence[float | None], metric: str, decimals: int) -> list[Cell]:
-    """The cells of one column. Cells that print the same as the best value are marked, unless all cells do.
-
-    Total variation has no best value: a smooth fill has less than the photograph.
-    """
+def _format_column(
+    values: Sequence[float | None],
+    metric: str,
+    decimals: int,
+    stats: Sequence[MeanStats | None] | None = None,
+) -> list[Cell]:
+    """The cells of one column. Cells that print the same as the best value are marked, unless all cells do."""
     texts = ["n/a" if value is None else _format_value(value, decimals) for value in values]
     available = [value for value in values if value is not None]
-    if not available or len(set(texts)) == 1 or metric.startswith("tv"):
-        return [Cell(text) for text in texts]
-    best = _format_value(max(available) if higher_is_better(metric) else min(available), decimals)
-    return [Cell(text, text == best) for text in texts]
+    best = ""
+    if available and len(set(texts)) > 1 and has_best(metric):
+        best = _format_value(max(available) if higher_is_better(metric) else min(available), decimals)
+    cells = []
+    for text, entry in zip(texts, stats or [None] * len(texts), strict=True):
+        entry = entry or MeanStats()
+        interval = half_width = ""
+        if entry.low is not None and entry.high is not None and text != "exact":
+            interval = f"{entry.low:.{decimals}f} to {entry.high:.{decimals}f}"
+            half_width = f"±{(entry.high - entry.low) / 2:.{decimals}f}"
+        is_best = text == best
+        cells.append(Cell(text, is_best, entry.is_worse and not is_best, interval, half_width))
+    return cells
 
 
 def _format_value(value: float, decimals: int) -> str:
@@ -149,21 +189,36 @@ def _notes(evaluation: EvaluationResult, masks: str, rows: Sequence[MethodSummar
     return tuple(notes)
 
 
+def _legend(columns: Sequence[Sequence[Cell]]) -> tuple[str, ...]:
+    """What the intervals and marks of a table mean, or why it has none."""
+    cells = [cell for column in columns for cell in column]
+    if any(cell.interval or cell.worse for cell in cells):
+        return INTERVALS_NOTE, WORSE_NOTE
+    return () if all(cell.text in ("n/a", "exact") for cell in cells) else (TOO_FEW_NOTE,)
+
+
 def _table_text(table: Table) -> str:
     names = [_truncate(name) for name, _ in table.lines]
     name_width = max(map(len, [*names, "method"]))
     widths = [
-        max(len(heading), *(len(cells[i].text) for _, cells in table.lines)) + 1
+        max(
+            len(heading),
+            *(len(text) for _, cells in table.lines for text in (cells[i].text, cells[i].half_width)),
+        )
+        + 1
         for i, heading in enumerate(table.headings)
     ]
     header = "method".ljust(name_width) + "".join(
         f"  {h.rjust(w - 1)} " for h, w in zip(table.headings, widths)
     )
-    lines = [
-        name.ljust(name_width)
-        + "".join(f"  {c.text.rjust(w - 1)}{'*' if c.best else ' '}" for c, w in zip(cells, widths))
-        for name, (_, cells) in zip(names, table.lines)
-    ]
+    lines = []
+    for name, (_, cells) in zip(names, table.lines):
+        marks = ["*" if cell.best else WORSE_MARK if cell.worse else " " for cell in cells]
+        texts = "".join(f"  {c.text.rjust(w - 1)}{mark}" for c, w, mark in zip(cells, widths, marks))
+        lines.append(name.ljust(name_width) + texts)
+        if any(cell.half_width for cell in cells):
+            half_widths = "".join(f"  {c.half_width.rjust(w - 1)} " for c, w in zip(cells, widths))
+            lines.append(" " * name_width + half_widths)
     body = [header, "-" * len(header.rstrip()), *lines]
     caption = textwrap.wrap(table.caption, MAX_LINE_CHARS)
     notes = [
@@ -184,9 +239,14 @@ def _table_markdown(table: Table) -> str:
         "| method | " + " | ".join(table.headings) + " |",
         "|:--|" + "--:|" * len(table.headings),
         *(
-            f"| {escaped(name)} | " + " | ".join(f"**{c.text}**" if c.best else c.text for c in cells) + " |"
+            f"| {escaped(name)} | " + " | ".join(map(_cell_markdown, cells)) + " |"
             for name, cells in table.lines
         ),
     ]
     notes = "".join(f"\n\n{escaped(note)}." for note in table.notes)
     return f"{table.caption}\n\n" + "\n".join(lines) + notes
+
+
+def _cell_markdown(cell: Cell) -> str:
+    text = f"**{cell.text}**" if cell.best else f"{cell.text}{WORSE_MARK}" if cell.worse else cell.text
+    return f"{text} ({cell.interval})" if cell.interval else text
