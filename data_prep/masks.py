@@ -6,8 +6,7 @@ import difflib
 import functools
 import inspect
 import uuid
-from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,19 @@ from typing import Any
 import cv2
 import numpy as np
 
+from data_prep.frozen_masks import is_frozen_set, load_frozen_set
+from data_prep.hole_areas import HOLE_AREA_BANDS as HOLE_AREA_BANDS
+from data_prep.hole_areas import hole_area_band as hole_area_band
 from data_prep.mask_folder import MaskFolder, list_mask_files
 from data_prep.mask_folder import looks_inverted as looks_inverted
 from data_prep.mask_reading import HoleValue, parse_hole_values
 from data_prep.mask_reading import read_mask as read_mask
 from data_prep.mask_shapes import MASK_GENERATORS
+from data_prep.mask_source import MaskSource as MaskSource
 from data_prep.storage import Storage, open_storage
 
 MASK_KINDS: tuple[str, ...] = tuple(MASK_GENERATORS)
 MIN_MASK_SIDE = 8  # pixels
-HOLE_AREA_BANDS = ("0-10", "10-20", "20-30", "30-40", "40-50", "50-60", "60-100")  # per cent of the image
 
 
 def make_mask(kind: str, height: int, width: int, rng: np.random.Generator, **options: Any) -> np.ndarray:
@@ -70,27 +72,9 @@ def _suggest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     return f" (did you mean {matches[0]!r}?)" if matches else ""
 
 
-class MaskSource(ABC):
-    """Gives the masks of a run. Picklable."""
-
-    is_constant = False
-    """whether all masks of a size are the same"""
-
-    @abstractmethod
-    def sample(self, height: int, width: int, rng: np.random.Generator) -> np.ndarray:
-        """A mask uint8 [height, width], 1 = hole."""
-
-    @abstractmethod
-    def describe(self) -> str:
-        """One line for reports."""
-
-    def fixed_set(self, height: int, width: int, count: int, seed: int) -> list[np.ndarray]:
-        """`count` masks that are a pure function of the arguments."""
-        return [self.sample(height, width, np.random.default_rng((seed, n))) for n in range(count)]
-
-
 MaskSpec = str | Mapping[str, Any]
-"""A kind ("brush"), a folder or bucket ("photos/masks"), or several, each with its weight or its options:
+"""A kind ("brush"), a folder or bucket ("photos/masks"), a frozen set ("thick.tar", see frozen_masks.py), or several,
+each with its weight or its options:
 {"block": 1, "half": 1} or {"brush": {"max_width": 20, "weight": 2}, "photos/masks": {"band": [0.1, 0.2]}}."""
 
 
@@ -111,8 +95,25 @@ def check_mask_spec(spec: MaskSpec, size: int) -> None:
         if is_mask_folder(name):
             list_mask_files(open_storage(name))
             _parse_folder_options(name, options)
+        elif is_frozen_set(name):
+            _open_source(name, options, None).fixed_set(size, size, 1, 0)
         else:
             _open_source(name, options, None).sample(size, size, np.random.default_rng(0))
+
+
+def check_training_masks(spec: MaskSpec, size: int) -> None:
+    """`check_mask_spec`, and ValueError for a frozen set, from which no random masks are drawn."""
+    for name, _, options in _parse_spec(spec):
+        if is_frozen_set(name):
+            _open_source(name, options, None).sample(size, size, np.random.default_rng(0))
+    check_mask_spec(spec, size)
+
+
+def check_frozen_sets(spec: MaskSpec) -> None:
+    """Load and verify the frozen sets of a spec. Raises FrozenSetError and StorageError."""
+    for name, _, options in _parse_spec(spec):
+        if is_frozen_set(name):
+            _open_source(name, options, None)
 
 
 def mask_folders(spec: MaskSpec) -> dict[str, FolderMasks]:
@@ -137,7 +138,7 @@ def make_mask_specs(names: Sequence[str], hole: Any) -> list[MaskSpec]:
 
 def is_mask_folder(name: str) -> bool:
     """Whether a name in a spec means a folder or bucket."""
-    return name not in MASK_GENERATORS and ("/" in name or Path(name).is_dir())
+    return name not in MASK_GENERATORS and not is_frozen_set(name) and ("/" in name or Path(name).is_dir())
 
 
 def _parse_spec(spec: MaskSpec) -> list[tuple[str, float, dict[str, Any]]]:
@@ -159,6 +160,9 @@ def _parse_spec(spec: MaskSpec) -> list[tuple[str, float, dict[str, Any]]]:
 def _open_source(name: str, options: dict[str, Any], scan_cache: Storage | None) -> MaskSource:
     if is_mask_folder(name):
         return FolderMasks(open_storage(name), **_parse_folder_options(name, options), scan_cache=scan_cache)
+    if is_frozen_set(name):
+        _check_options(f"frozen mask set {name}", options, {})
+        return load_frozen_set(name)
     source = GeneratedMasks(name, tuple(sorted(options.items())))
     source.sample(64, 64, np.random.default_rng(0))  # bad values fail here, not in the middle of training
     return source
@@ -272,10 +276,10 @@ class FolderMasks(MaskSource):
         name = self.names[rng.integers(len(self.names))]
         return self._load_resized(name, height, width, int(rng.integers(8)) if self.augment else 0)
 
-    def fixed_set(self, height: int, width: int, count: int, seed: int) -> list[np.ndarray]:
+    def iterate_fixed_set(self, height: int, width: int, count: int, seed: int) -> Iterator[np.ndarray]:
         order = np.random.default_rng(seed).permutation(len(self.names))
-        names = [self.names[order[n % len(order)]] for n in range(count)]
-        return [self._load_resized(name, height, width, 0) for name in names]
+        names = (self.names[order[n % len(order)]] for n in range(count))
+        return (self._load_resized(name, height, width, 0) for name in names)
 
     def describe(self) -> str:
         hole = f"hole: {', '.join(value.text for value in self.hole)}" if self.hole else "white = hole"
@@ -305,13 +309,3 @@ def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
         coverage = cv2.resize(mask.astype(np.float32), (width, height), interpolation=cv2.INTER_AREA)
         resized = (coverage > 0).astype(np.uint8)
     return resized
-
-
-def hole_area_band(mask: np.ndarray) -> str:
-    """The hole-area band of a mask [H,W] (1 = hole) in per cent, open below and closed above: (lo, hi].
-
-    Computed in integers, so that a hole of exactly a fifth is in "10-20" (partial convolution, section 4.1's bins).
-    """
-    hole_pixels = int(np.count_nonzero(mask))
-    tenth = -(-10 * hole_pixels // mask.size)  # ceil(10 * area)
-    return HOLE_AREA_BANDS[min(max(tenth - 1, 0), len(HOLE_AREA_BANDS) - 1)]

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
-from data_prep.masks import MaskSpec, make_mask_specs, mask_folders
+from data_prep.masks import MaskSpec, check_frozen_sets, make_mask_specs, mask_folders
 from data_prep.storage import Storage, open_storage
 from pipelines.downloads import cache_folder
 from pipelines.recipe import Recipe
@@ -59,6 +59,7 @@ def _check_recipe_spec(
 def _check_spec(
     spec: MaskSpec, scan_cache: Storage, hole_option: str, progress: FolderProgressCallback | None
 ) -> None:
+    check_frozen_sets(spec)
     for masks in mask_folders(spec).values():
         callback = partial(progress, masks.storage.uri) if progress else _ignore_progress
         scan = masks.folder.scan(scan_cache, callback)

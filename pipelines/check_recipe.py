@@ -56,7 +56,7 @@ def check_metric(field: str, metric: str, size: int, set_metrics: Sequence[str] 
 
 def check_model_config(recipe: Recipe, key: str, allow_downloads: bool = True) -> None:
     """Check one model of the recipe and its training. Raises RecipeError."""
-    from data_prep.masks import check_mask_spec
+    from data_prep.masks import check_training_masks
     from models import meta_model
     from models.base import make_schedule
 
@@ -88,7 +88,7 @@ def check_model_config(recipe: Recipe, key: str, allow_downloads: bool = True) -
     schedule = _check(f"models.{key}", make_schedule, model, train.steps)
     for phase, _, _ in schedule.phase_spans if load_weights else ():
         _check(f"models.{key}", model.load_loss_networks, phase)
-    _check("masks", check_mask_spec, recipe.masks_for(key), recipe.data.size)
+    _check("masks", check_training_masks, recipe.masks_for(key), recipe.data.size)
 
 
 def has_local_weights(options: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""The commands `inpaint shard`, `edges`, `data ...` and `masks ...`.
+"""The commands `inpaint shard`, `edges` and `data ...`.
 
 Heavy imports are inside the functions, because --help loads this module.
 """
@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from pipelines.cli.arguments import (
     HOLE_HELP,
@@ -21,8 +20,6 @@ from pipelines.cli.arguments import (
     number,
     positive_int,
 )
-
-MAX_BAR_CHARS = 40  # characters of the longest bar
 
 
 def add_shard(add: AddCommand) -> None:
@@ -82,7 +79,6 @@ def add_edges(add: AddCommand) -> None:
 
 
 def add_data(add: AddCommand) -> None:
-    """Add the commands `data` and `masks`."""
     data = add("data", "show, check and repair shards", "data show shards")
     data.set_defaults(run="pipelines.cli.data:data_command")
     actions = data.add_subparsers(dest="action", metavar="ACTION", required=True)
@@ -116,28 +112,6 @@ def add_data(add: AddCommand) -> None:
     )
     for command in (show, check):
         command.add_argument("--json", action="store_true", help="print JSON")
-
-    masks = add("masks", "show how much of the image masks cover", "masks show brush")
-    masks.set_defaults(run="pipelines.cli.data:masks_command")
-    actions = masks.add_subparsers(dest="action", metavar="ACTION", required=True)
-    show_masks = add(
-        "show",
-        "print and plot the hole area of masks",
-        "masks show brush=2 block=1 --out masks.png",
-        actions,
-    )
-    show_masks.add_argument(
-        "masks",
-        metavar="KIND[=WEIGHT]",
-        nargs="+",
-        help="kinds (center, box, brush ...) or mask folders; brush.max_width=20 sets an option of a kind",
-    )
-    show_masks.add_argument("--hole", metavar="VALUE", action="append", help=HOLE_HELP)
-    show_masks.add_argument("--size", type=integer(8), default=256, help="side in pixels (%(default)s)")
-    show_masks.add_argument("--count", type=positive_int, default=1000, help="masks (%(default)s)")
-    show_masks.add_argument("--seed", type=non_negative_int, default=0, help="(%(default)s)")
-    show_masks.add_argument("--out", metavar="FILE", default="masks.png", help="(%(default)s)")
-    show_masks.add_argument("--json", action="store_true", help="print JSON")
 
 
 def shard_command(args: argparse.Namespace) -> int:
@@ -209,7 +183,7 @@ def _show_sheet(args: argparse.Namespace) -> int:
     shards = open_storage(args.shards)
     summary = summarize_shards(shards)
     sheet = contact_sheet(shards, args.split, args.count, args.sigma, args.masks, args.seed, args.hole)
-    _write_file(args.out, sheet.png)
+    write_file(args.out, sheet.png)
     if args.json:
         print(json.dumps({**asdict(summary), "sheet": args.out, "samples": sheet.keys}, indent=1))
         return 0
@@ -281,69 +255,9 @@ def _summarize_check(
     return f"all {len(findings)} findings are repaired"
 
 
-def masks_command(args: argparse.Namespace) -> int:
-    from pipelines.data.inspect import hole_area_stats, plot_hole_areas
-    from pipelines.path_checks import check_writable_file
-
-    check_writable_file(args.out, "--out", create_parents=True)
-    areas = hole_area_stats(parse_mask_spec(args.masks, args.hole), args.size, args.count, args.seed)
-    _write_file(args.out, plot_hole_areas(areas))
-    if args.json:
-        statistics = {key: value for key, value in areas.items() if key not in ("areas", "examples")}
-        print(json.dumps({**statistics, "picture": args.out}, indent=1))
-    else:
-        print("\n".join(_format_areas(areas)))
-        print(f"picture: {args.out}")
-    return 0
-
-
-def parse_mask_spec(arguments: Sequence[str], hole: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Parse ["brush=2", "brush.max_width=20", "photos/masks"] into the argument of `open_masks`.
-
-    `hole` becomes an option of each folder. ValueError: a weight is not a number, or `hole` without a folder.
-    """
-    import yaml
-
-    from data_prep.masks import MASK_KINDS, is_mask_folder, make_mask_specs
-    from pipelines.recipe.load import read_yaml
-
-    spec: dict[str, dict[str, Any]] = {}
-    for argument in arguments:
-        name, equals, value = (argument, "", "") if Path(argument).is_dir() else argument.rpartition("=")
-        kind, dot, option = name.partition(".")
-        if not equals:
-            spec.setdefault(argument, {})
-        elif dot and kind in MASK_KINDS:
-            try:
-                spec.setdefault(kind, {})[option] = read_yaml(value)
-            except yaml.YAMLError:
-                raise ValueError(f"{argument}: {value!r} is not a YAML value") from None
-        else:
-            try:
-                spec.setdefault(name, {})["weight"] = float(value)
-            except ValueError:
-                raise ValueError(f"{argument}: a weight must follow =, as in brush=2") from None
-    if hole is not None:
-        make_mask_specs(list(spec), hole)
-        for name in filter(is_mask_folder, spec):
-            spec[name]["hole"] = list(hole)
-    return spec
-
-
-def _write_file(path: str, data: bytes) -> None:
+def write_file(path: str, data: bytes) -> None:
     from pipelines.errors import doing
 
     with doing(f"writing {path}"):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_bytes(data)
-
-
-def _format_areas(statistics: Mapping[str, Any]) -> list[str]:
-    quantiles = ", ".join(f"{100 * float(q):g} %: {area:.1%}" for q, area in statistics["quantiles"].items())
-    max_fraction = max(statistics["bands"].values())
-    bars = [
-        f"{band:>7} % {fraction:6.1%} {'█' * round(MAX_BAR_CHARS * fraction / max_fraction)}"
-        for band, fraction in statistics["bands"].items()
-    ]
-    summary = f"{statistics['masks']}: the hole is {statistics['mean']:.1%} of the image on average"
-    return [summary, quantiles, *bars]

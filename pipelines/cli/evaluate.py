@@ -41,7 +41,7 @@ def add_evaluate(add: AddCommand) -> None:
         metavar="DIR_OR_KIND",
         nargs="+",
         required=True,
-        help="mask folders, or kinds: center, box ...",
+        help="mask folders, frozen sets (.tar), or kinds: center, box ...",
     )
     evaluate.add_argument("--hole", metavar="VALUE", action="append", help=HOLE_HELP)
     evaluate.add_argument(
@@ -50,7 +50,7 @@ def add_evaluate(add: AddCommand) -> None:
     evaluate.add_argument(
         "--size",
         type=integer(32),
-        help="side in pixels of the square crops (default: the models' training size)",
+        help="side in pixels of the square crops (default: that of a frozen mask set, else the models' training size)",
     )
     evaluate.add_argument(
         "--max-photos", type=positive_int, default=200, help="maximum number of photographs (%(default)s)"
@@ -151,10 +151,12 @@ def score_models(
     """Score models and, with `with_baselines`, the classical methods; print the table.
 
     With `out`, also write table.md, report.html and the sample grids. Photographs are cropped to squares of `size`
-    pixels (None: the largest training size of the models); of a shard folder, `split` is read. `hole`: the values of
-    the hole in mask folders, which are checked before anything else. Unreadable photographs are listed and skipped.
+    pixels (None: that of a frozen mask set, else the largest training size of the models); of a shard folder, `split`
+    is read. `hole`: the values of the hole in mask folders, which are checked before anything else. Unreadable
+    photographs are listed and skipped.
     ValueError in one line: no such model, no photographs.
     """
+    from data_prep.frozen_masks import frozen_sets
     from pipelines import registry
     from pipelines.check_masks import check_masks
     from pipelines.cli.progress import mask_reading_display, scoring_display
@@ -177,7 +179,8 @@ def score_models(
     for uri in uris:
         with doing(f"loading {uri}"):
             models[uri.removeprefix("models:/")] = registry.load_model(uri, tracking_uri=tracking_uri)
-    size = size or largest_training_size(models.values())
+    frozen_sizes = [frozen.manifest.size for frozen in frozen_sets(masks).values()]
+    size = size or next(iter(frozen_sizes), None) or largest_training_size(models.values())
     methods |= {key: LoadedModelMethod(model) for key, model in models.items()}
     photos = load_photographs(images, size, max_photos, split)
     config = EvaluationConfig(masks=masks, max_photos=None, seed=seed, grid_rows=grid_rows, hole=hole)

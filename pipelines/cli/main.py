@@ -16,6 +16,7 @@ from pipelines.cli.cluster import add_cluster_commands
 from pipelines.cli.data import add_data, add_edges, add_shard
 from pipelines.cli.evaluate import add_evaluate, add_import
 from pipelines.cli.fill import add_fill
+from pipelines.cli.masks import add_masks
 from pipelines.cli.models import add_models
 from pipelines.cli.overview import ShowVersion, add_completion, add_recipes
 from pipelines.cli.parser import Parser
@@ -27,7 +28,7 @@ from pipelines.cluster.ray_address import is_ray_job
 
 COMMANDS: tuple[Callable[[AddCommand], None], ...] = (
     *(add_run, add_plan, add_status, add_report, add_sweep, add_train, add_recipes),
-    *(add_shard, add_edges, add_data),
+    *(add_shard, add_edges, add_data, add_masks),
     *(add_evaluate, add_fill, add_import),
     *(add_models, add_cluster_commands, add_services),
     add_completion,

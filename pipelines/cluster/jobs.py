@@ -152,7 +152,8 @@ def _map_mask_kinds(section: dict[str, Any], prefix: str, map_path: Any) -> None
 
 
 def _map_mask_kind(kind: str, field: str, map_path: Any) -> str:
-    return map_path(field, kind) if "/" in kind or Path(kind).is_dir() else kind
+    is_path = "/" in kind or kind.endswith(".tar") or Path(kind).is_dir()
+    return map_path(field, kind) if is_path else kind
 
 
 def _map_weights(section: Any, field: str, map_path: Any) -> None:

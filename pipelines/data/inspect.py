@@ -168,7 +168,8 @@ def hole_area_stats(spec: str | Mapping[str, Any], size: int, count: int, seed: 
     """Statistics of the hole areas of `count` masks of `size` x `size` pixels, as fractions of the image: mean,
     quantiles, and the fraction of the masks in each band.
 
-    Raises ValueError for an unknown kind, folder or option, and if `count` or `size` is too small.
+    Raises ValueError for an unknown kind, folder or option, if `count` or `size` is too small, and if a frozen set has
+    fewer masks or another size.
     """
     if count < 1 or size < MIN_MASK_SIDE:
         raise ValueError(

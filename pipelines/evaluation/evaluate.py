@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.frozen_masks import SUFFIX, frozen_sets, is_frozen_set
 from data_prep.mask_reading import parse_hole_values
 from data_prep.masks import fixed_masks, make_mask_specs
 from pipelines.contracts import ProgressCallback
@@ -108,8 +109,13 @@ def extract_truth_features(photos: Iterable[tuple[str, np.ndarray]], config: Eva
 
 
 def make_masks(config: EvaluationConfig, images: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
-    """Mask set -> one mask per photograph. The masks of photographs of one size come from one fixed list."""
-    names = [PurePosixPath(kind).name for kind in config.masks]
+    """Mask set -> one mask per photograph. The masks of photographs of one size come from one fixed list; of a frozen
+    set, photograph i gets mask i. Raises ValueError for a frozen set with too few masks or masks of another size."""
+    names = [
+        name.removesuffix(SUFFIX) if is_frozen_set(kind) else name
+        for kind in config.masks
+        for name in [PurePosixPath(kind).name]
+    ]
     mask_sets = names if len(set(names)) == len(names) else list(config.masks)
     masks = {}
     for mask_set, kind in zip(mask_sets, make_mask_specs(config.masks, config.hole), strict=True):
@@ -213,5 +219,6 @@ def _make_protocol(
         distance=features.to_dict() if features else None,
         versions={name: version(name) for name in packages},
         true_edges=tuple(true_edges),
+        frozen_masks={name: frozen.record() for name, frozen in frozen_sets(config.masks).items()},
         hole=() if config.hole is None else tuple(value.text for value in parse_hole_values(config.hole)),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 
@@ -34,12 +34,14 @@ class Protocol:
     """Methods that get the true edges of the whole photograph, also those in the hole."""
     hole: tuple[str, ...] = ()
     """Pixel values that mean hole in mask folders; empty: white."""
+    frozen_masks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Frozen set among `masks` -> its digest, and the masks, count, size and seed it was made with."""
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Protocol:
         """From the record of a model version, which any release may have written: missing fields are empty, unknown
         fields are ignored."""
-        values = {field.name: record[field.name] for field in fields(cls) if field.name in record}
+        values = {known.name: record[known.name] for known in fields(cls) if known.name in record}
         for name in ("sizes", "masks", "true_edges", "hole"):
             values[name] = tuple(values.get(name) or ())
         return replace(EMPTY_PROTOCOL, **values)
@@ -49,19 +51,88 @@ class Protocol:
         values = {
             key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()
         }
-        hole = values.pop("hole")
-        return values | ({"hole": hole} if hole else {})
+        optional = {key: values.pop(key) for key in ("hole", "frozen_masks")}
+        return values | {key: value for key, value in optional.items() if value}
 
     @property
     def digest(self) -> str:
         """Digest of the fields that must be equal for scores to be comparable. Packages and methods may differ;
         distances have their own digest."""
-        values = self.to_dict()
-        return short_digest({key: values[key] for key in values if key not in IGNORED_IN_DIGEST})
+        return short_digest(self._compared_values())
+
+    @property
+    def short_photographs(self) -> str:
+        """The digest of the photographs as texts show it; '' if it is not on record."""
+        return self.photographs_sha256[:SHORT_DIGEST]
+
+    @property
+    def short_masks(self) -> str:
+        """The digest of the masks as texts show it; '' if it is not on record."""
+        return self.masks_sha256[:SHORT_DIGEST]
+
+    @property
+    def digests(self) -> str:
+        """`photographs 1a2b3c4d5e6f, masks 6f5e4d3c2b1a`."""
+        return f"photographs {self.short_photographs}, masks {self.short_masks}"
 
     def comparable_with(self, other: Protocol) -> bool:
         """Whether scores other than distances can be compared."""
-        return self.digest == other.digest
+        return not self.differences(other)
+
+    def differences(self, other: Protocol) -> list[str]:
+        """Why scores other than distances cannot be compared, in words for a sentence: `other masks (1a2b.. and 3c4d..)`;
+        [] if they can."""
+        ours, theirs = self._compared_values(), other._compared_values()
+        names = [key for key in dict.fromkeys([*ours, *theirs]) if ours.get(key) != theirs.get(key)]
+        reasons = []
+        if "photographs_sha256" in names:
+            reasons.append(f"other photographs ({self.short_photographs} and {other.short_photographs})")
+        if "masks_sha256" in names:
+            reasons.append(f"other masks ({self.short_masks} and {other.short_masks})")
+        explained = {
+            *("photographs_sha256", "masks_sha256"),
+            *(("photographs", "sizes") if "photographs_sha256" in names else ()),
+            *(("masks", "seed", "hole") if "masks_sha256" in names else ()),
+        }
+        for key in names:
+            if key == "metrics":
+                changed = sorted(
+                    name
+                    for name in {**self.metrics, **other.metrics}
+                    if self.metrics.get(name) != other.metrics.get(name)
+                )
+                reasons.append(f"other definitions of metrics ({', '.join(changed)})")
+            elif key not in explained:
+                reasons.append(f"{_TITLES.get(key, key)} {_text(ours.get(key))} and {_text(theirs.get(key))}")
+        return reasons
+
+    def _compared_values(self) -> dict[str, Any]:
+        """The fields that decide whether scores are comparable. A frozen set counts by its digest, not by the path where
+        it lies; with frozen sets alone the seed decides nothing."""
+        values = {key: value for key, value in self.to_dict().items() if key not in IGNORED_IN_DIGEST}
+        if frozen := values.pop("frozen_masks", None):
+            values["masks"] = [
+                f"frozen {frozen[name]['digest']}" if name in frozen else name for name in self.masks
+            ]
+            if len(frozen) == len(self.masks):
+                del values["seed"]
+        return values
+
+
+SHORT_DIGEST = 12  # hexadecimal digits
+_TITLES = {
+    "hole": "hole values",
+    "sizes": "sizes",
+    "masks": "masks",
+    "seed": "seeds",
+    "photographs": "numbers",
+}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
 
 
 IGNORED_IN_DIGEST = ("versions", "true_edges", "distance")
@@ -70,4 +141,4 @@ EMPTY_PROTOCOL = Protocol(0, (), "", (), "", 0, "", "", "", {}, "", None, {})
 
 def short_digest(record: Any) -> str:
     """The first 12 hexadecimal digits of the SHA-256 of a record as JSON."""
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:SHORT_DIGEST]

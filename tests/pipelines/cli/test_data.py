@@ -22,7 +22,7 @@ from data_prep.shards import merge_partitions, plan_shards, write_partition
 from data_prep.sources import bundled_photo, open_source
 from data_prep.storage import open_storage
 from data_prep.tars import read_index
-from pipelines.cli.data import parse_mask_spec
+from pipelines.cli.masks import parse_mask_spec
 from pipelines.cli.reporting import describe_photographs
 from pipelines.data.check import rebuild_tars
 
