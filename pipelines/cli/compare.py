@@ -119,7 +119,7 @@ def _model_key(model: str, tracking_uri: str | None) -> str:
 
 def format_comparison(evaluation: EvaluationResult, rows: Sequence[PairedDifference], a: str, b: str) -> str:
     """A table of 100 columns: the metrics of the main table per band, and the feature distances."""
-    lines = [f"A: {a}", f"B: {b}", INTERVAL_NOTE]
+    lines = [f"A: {a}", f"B: {b}", INTERVAL_NOTE, f"digests: {evaluation.protocol.digests}"]
     for masks in evaluation.bands:
         mask_rows = [row for row in rows if row.masks == masks]
         heading = f"{'hole %':<8}{'n':>5}  {'':<10}{'A':>9}{'B':>9}{'B - A':>10}  {'interval':<22}B is"

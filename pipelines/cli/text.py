@@ -189,6 +189,8 @@ def format_ranking(ranking: Ranking) -> str:
         lines += [
             f"best {ranking.metric} on {masks} masks{band}: {ranking.name}/{first.version}, {first.value:.4g}",
             f"protocol {group.protocol or NOT_RECORDED}",
+            f"digests: photographs {group.photographs or NOT_RECORDED}, masks {group.masks or NOT_RECORDED}",
+            *([f"not comparable with the first: {group.not_comparable}"] if group.not_comparable else []),
             *format_table(
                 [
                     {

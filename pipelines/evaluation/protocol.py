@@ -75,6 +75,16 @@ class Protocol:
         """`photographs 1a2b3c4d5e6f, masks 6f5e4d3c2b1a`."""
         return f"photographs {self.short_photographs}, masks {self.short_masks}"
 
+    @property
+    def digest_tags(self) -> dict[str, str]:
+        """The digests as tags of MLflow runs and of versions."""
+        tags = {PHOTOGRAPHS_TAG: self.short_photographs, MASKS_TAG: self.short_masks}
+        return {key: value for key, value in tags.items() if value}
+
+    def for_metric(self, metric: str) -> Protocol:
+        """The protocol of one metric: other definitions do not matter to it."""
+        return replace(self, metrics={name: text for name, text in self.metrics.items() if name == metric})
+
     def comparable_with(self, other: Protocol) -> bool:
         """Whether scores other than distances can be compared."""
         return not self.differences(other)
@@ -120,6 +130,7 @@ class Protocol:
 
 
 SHORT_DIGEST = 12  # hexadecimal digits
+PHOTOGRAPHS_TAG, MASKS_TAG = "inpaint.photographs", "inpaint.masks"
 _TITLES = {
     "hole": "hole values",
     "sizes": "sizes",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -80,6 +81,24 @@ def mean_stats(
             is_worse = (upper < 0) == higher_is_better(metric)
         stats[method, metric] = MeanStats(low, high, is_worse)
     return stats
+
+
+def card_stats(
+    evaluation: EvaluationResult, method: str, baselines: Sequence[str], metrics: Sequence[str]
+) -> dict[str, Any]:
+    """What a version records for its model card: `intervals` ("masks/metric" -> ends, of `method`) and `worse`
+    (method -> ["masks/metric"]): the means that are worse by more than chance than the best of `method` and `baselines`."""
+    shown = replace(evaluation, methods=(method, *baselines))
+    intervals: dict[str, list[float]] = {}
+    worse: dict[str, list[str]] = {}
+    for masks in evaluation.bands:
+        for (name, metric), entry in mean_stats(shown, masks, metrics).items():
+            column = f"{masks}/{metric}"
+            if name == method and entry.low is not None and entry.high is not None:
+                intervals[column] = [float(f"{end:.6g}") for end in (entry.low, entry.high)]
+            if entry.is_worse:
+                worse.setdefault("" if name == method else name, []).append(column)
+    return {"intervals": intervals, "worse": worse}
 
 
 def _complete_columns(

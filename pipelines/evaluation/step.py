@@ -60,6 +60,7 @@ def evaluate(
                 client, run_id, {f"{method}/{k}": v for k, v in result.to_metrics(method).items()}
             )
         runs.log_text(client, run_id, "table.md", table_markdown(result))
+        runs.log_tags(client, run_id, result.protocol.digest_tags)
         log_dataset(client, run_id, ctx.storage.subfolder(ctx.inputs.shards.folder), ctx.config.split)
         _log_grids(client, run_id, result)
     return EvaluateOutputs(
@@ -102,6 +103,7 @@ def score(ctx: StepContext[EvaluationConfig, ScoreInputs, RunSettings]) -> Score
     if (tracking := ctx.settings.tracking) and (run := ctx.settings.trial_run_id):
         client = tracking.client()
         runs.log_metrics(client, run, result.to_metrics("trial"))
+        runs.log_tags(client, run, result.protocol.digest_tags)
         log_dataset(client, run, ctx.storage.subfolder(ctx.inputs.shards.folder), ctx.config.split)
         _log_grids(client, run, result)
     return ScoreOutputs(

@@ -160,6 +160,7 @@ def _caption(evaluation: EvaluationResult, masks: str) -> str:
         parts.append(f"TV of the photographs {evaluation.truth['tv_percent']:.2f} %")
     for entry in list(evaluation.distances.get(masks, {}).values())[:1]:
         parts.append(f"FD {entry['name']}, n = {entry['n']}, d = {entry['d']}")
+    parts.append(f"digests: {evaluation.protocol.digests}")
     return " · ".join(parts)
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
+from pipelines.evaluation.protocol import MASKS_TAG, PHOTOGRAPHS_TAG
 from pipelines.registry.client import (
     RegistryError,
     all_pages,
@@ -78,10 +79,7 @@ def search(
         rows = version_rows(client, name, filter)
     scores = sorted({column for row in rows for column in row["scores"]})
     frame = pd.DataFrame(
-        [
-            {**{key: row[key] for key in row if key not in ("scores", "distance")}, **row["scores"]}
-            for row in rows
-        ],
+        [{**{key: row[key] for key in row if key in VERSION_COLUMNS}, **row["scores"]} for row in rows],
         columns=[*VERSION_COLUMNS, *scores],
     ).astype({"version": int, "sigma": float, "size": "Int64", **dict.fromkeys(scores, float)})
     frame["created"] = pd.to_datetime(frame["created"], utc=True)
@@ -126,6 +124,12 @@ class RankedGroup:
 
     protocol: str | None
     versions: tuple[RankedVersion, ...]
+    photographs: str | None = None
+    """Short digest of the photographs; None: not on record."""
+    masks: str | None = None
+    """Short digest of the masks; None: not on record."""
+    not_comparable: str = ""
+    """Why its scores cannot be compared with those of the first group; '' for the first group."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,7 @@ def best(
     column = find_column(columns, query, f"versions of {name}")
     mask_set, score_band, metric_name = split_column(column)
     groups: dict[str | None, list[RankedVersion]] = {}
+    first_rows: dict[str | None, dict[str, Any]] = {}
     unscored = []
     for row in rows:
         value = row["scores"].get(column)
@@ -177,12 +182,42 @@ def best(
             protocol += f"; {row['distance']}"
         entry = RankedVersion(row["version"], tuple(row["aliases"]), row["created"], row["recipe"], value)
         groups.setdefault(protocol, []).append(entry)
+        first_rows.setdefault(protocol, row)
     from pipelines.evaluation.metrics import higher_is_better
 
     for versions in groups.values():
         versions.sort(key=lambda entry: entry.value, reverse=higher_is_better(metric_name))
-    ranked = tuple(RankedGroup(protocol, tuple(versions)) for protocol, versions in groups.items())
+    first = next(iter(first_rows.values()), None)
+    ranked = tuple(
+        RankedGroup(
+            protocol,
+            tuple(versions),
+            *first_rows[protocol]["digests"],
+            ""
+            if first_rows[protocol] is first or first is None
+            else _why_not_comparable(first, first_rows[protocol]),
+        )
+        for protocol, versions in groups.items()
+    )
     return Ranking(name, metric_name, mask_set, score_band or "all", ranked, tuple(unscored))
+
+
+def _why_not_comparable(first: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """Why the scores of two versions with other protocols cannot be compared."""
+    reasons, unknown = [], False
+    for name, digest, other in zip(("photographs", "masks"), first["digests"], row["digests"], strict=True):
+        unknown |= digest is None or other is None
+        if digest and other and digest != other:
+            reasons.append(f"other {name} ({digest} and {other})")
+    if reasons:
+        return ", ".join(reasons)
+    if first["protocol"] is None or row["protocol"] is None:
+        return "the protocol of one of them is not on record"
+    if unknown:
+        return "other photographs, masks, seed or definitions of metrics (digests are not on record)"
+    if first["protocol"] == row["protocol"]:
+        return "other features of the distance"
+    return "other sizes, seed or definitions of metrics, with the same photographs and masks"
 
 
 def version_rows(
@@ -212,6 +247,7 @@ def version_rows(
             "commit": version.tags.get("inpaint.commit"),
             "protocol": version.tags.get(PROTOCOL_TAG),
             "distance": version.tags.get(DISTANCE_TAG),
+            "digests": (version.tags.get(PHOTOGRAPHS_TAG), version.tags.get(MASKS_TAG)),
             "scores": version_scores(version, logged_scores),
         }
         for version in versions

@@ -19,6 +19,7 @@ from pipelines.durable.steps import StepContext
 from pipelines.evaluation.methods import baseline_methods
 from pipelines.evaluation.photographs import split_photographs
 from pipelines.evaluation.results import EvaluationResult
+from pipelines.evaluation.significance import card_stats
 from pipelines.evaluation.tables import METRIC_COLUMNS
 from pipelines.evaluation.verdict import verdict
 from pipelines.plots.images import encode_png, sample_grid
@@ -116,6 +117,12 @@ def make_version_record(
             for method in baseline_methods()
             if method in evaluation.methods
         },
+        **card_stats(
+            evaluation,
+            ctx.config.model_key,
+            [method for method in baseline_methods() if method in evaluation.methods],
+            [metric for _, metric, _ in METRIC_COLUMNS],
+        ),
         "verdict": verdict(evaluation, ctx.config.model_key, config.metric).sentence("This version"),
     }
     return VersionRecord.from_record(

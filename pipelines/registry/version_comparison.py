@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.frozen_masks import SHORT_DIGEST, load_frozen_set
 from data_prep.manifest import load_manifest
 from data_prep.storage import StorageError, open_storage
 from pipelines.check_masks import FolderProgressCallback, check_masks
@@ -58,9 +59,12 @@ def choose_photographs(
     """The photographs in `images`, else those that the version was scored on if reachable, else the bundled ones.
 
     `hole_values` belongs to `masks`. `registry_folder` is the folder of the registry's database file: in a storage that
-    was moved, the shards are found relative to it.
+    was moved, the shards are found relative to it. ValueError: the version was scored on a frozen mask set that is
+    missing, damaged or another one now, and `masks` is empty.
     """
     protocol = Protocol.from_record(metadata.get("protocol") or {})
+    if not masks:
+        _check_frozen_masks(protocol)
     mask_sets = tuple(masks) or protocol.masks or ComparisonData.masks
     seed = int(protocol.seed)
     if not masks and hole_values is None:
@@ -80,6 +84,17 @@ def choose_photographs(
     reason = f"{scored_on.shards} is not reachable from here" if scored_on else "its own are not on record"
     note = f"compared on bundled photographs: {reason}"
     return ComparisonData("bundled", mask_sets, seed, note=note, hole_values=values)
+
+
+def _check_frozen_masks(protocol: Protocol) -> None:
+    """Raise ValueError if a frozen set that a version was scored on is gone, or is another one now."""
+    for name, record in protocol.frozen_masks.items():
+        digest = load_frozen_set(name).manifest.digest
+        if digest != record["digest"]:
+            raise ValueError(
+                f"{name} is not the mask set that the version was scored on (digest {digest[:SHORT_DIGEST]}, then "
+                f"{str(record['digest'])[:SHORT_DIGEST]}): restore it, or name other masks with --masks"
+            )
 
 
 def compare_versions(
@@ -126,7 +141,10 @@ def champion_difference(
 def metric_difference(
     a: EvaluationResult, old: str, b: EvaluationResult, new: str, metric: str
 ) -> PairedDifference:
-    """The paired difference b[new] - a[old] over all photographs, on the first mask set. ValueError: no common scores."""
+    """The paired difference b[new] - a[old] over all photographs, on the first mask set. ValueError: no common scores, or
+    they are scores on other photographs or masks."""
+    if reasons := a.protocol.for_metric(metric).differences(b.protocol.for_metric(metric)):
+        raise ValueError(f"the scores are not comparable: {', '.join(reasons)}")
     true_edges = {old in a.protocol.true_edges, new in b.protocol.true_edges}
     if len(true_edges) > 1:
         raise ValueError(

@@ -64,6 +64,11 @@ class VersionRecord:
     """split -> number of photographs in the shards."""
     baselines: dict[str, dict[str, float]] = field(default_factory=dict)
     """Untrained method -> `masks/metric` -> score on the same photographs."""
+    intervals: dict[str, list[float]] = field(default_factory=dict)
+    """`masks/metric` -> ends of the 95 % interval of its mean."""
+    worse: dict[str, list[str]] = field(default_factory=dict)
+    """Untrained method, or '' for this version -> `masks/metric`s whose mean is worse than the best of them by more than
+    chance."""
     verdict: str = ""
     """A sentence that compares the version with the best untrained method."""
 
@@ -87,6 +92,7 @@ class VersionRecord:
             "inpaint.edges": ", ".join(self.edges.values()),
             "inpaint.sweep": (self.sweep or {}).get("name", ""),
             **protocol_tags(self.protocol),
+            **self.protocol.digest_tags,
         }
         return {key: value for key, value in tags.items() if value}
 

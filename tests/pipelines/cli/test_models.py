@@ -116,6 +116,7 @@ def test_compare(models: Run, chain: PipelineOutputs, tmp_path: Path) -> None:
     status, out, _ = models("compare", "encoder/1", "encoder@champion", *images)
     assert status == 0
     assert "A: encoder/1\nB: encoder/2\n95 % intervals" in out
+    assert "\ndigests: photographs " in out
     assert "PSNR hole" in out
     assert "better" in out
     assert (tmp_path / "compared.png").stat().st_size > 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -10,7 +11,10 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
+from data_prep.frozen_masks import freeze_masks, load_frozen_set
+from data_prep.masks import open_masks
 from pipelines import registry
+from pipelines.evaluation.results import EvaluationResult
 from pipelines.registry import (
     ConcurrentPromotion,
     LoadedModel,
@@ -22,7 +26,7 @@ from pipelines.registry import (
 )
 from pipelines.registry.loaded_model import LoadedModelMethod
 from pipelines.registry.promotion import compare_and_promote
-from pipelines.registry.version_comparison import choose_photographs
+from pipelines.registry.version_comparison import choose_photographs, metric_difference
 from support.mlflow_stores import PipelineOutputs, champion_version
 
 
@@ -169,3 +173,35 @@ def test_a_champion_that_changes_during_the_comparison_stays(monkeypatch: pytest
     with pytest.raises(ConcurrentPromotion, match="made version 3 champion of encoder at the same time"):
         compare_and_promote("encoder", "2")
     assert champion_version() == "3"
+
+
+def test_scores_on_other_masks_are_never_compared(chain: PipelineOutputs) -> None:
+    evaluation = EvaluationResult.load(chain.storage.subfolder("work/v1/a1").read)
+    same = replace(evaluation.protocol, metrics={**evaluation.protocol.metrics, "new": "?"}, versions={})
+    assert (
+        metric_difference(replace(evaluation, protocol=same), "one", evaluation, "one", "psnr_rgb_hole").n
+        == 29
+    )
+    for change, words in (
+        ({"masks_sha256": "0" * 64}, r"the scores are not comparable: other masks \(0{12} and \w{12}\)"),
+        ({"photographs_sha256": "0" * 64}, r"other photographs \(0{12} and \w{12}\)"),
+        ({"metrics": {"psnr_rgb_hole": "another"}}, r"other definitions of metrics \(psnr_rgb_hole\)"),
+    ):
+        other = replace(evaluation, protocol=replace(evaluation.protocol, **change))
+        with pytest.raises(ValueError, match=words):
+            metric_difference(other, "one", evaluation, "one", "psnr_rgb_hole")
+
+
+def test_a_version_is_compared_on_its_frozen_set_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "set.tar"
+    freeze_masks(open_masks("brush"), {"brush": {}}, 4, 32, 0, str(path))
+    frozen = load_frozen_set(str(path))
+    protocol = {"masks": [str(path)], "frozen_masks": {str(path): frozen.record()}}
+    assert choose_photographs({"protocol": protocol}, None, ()).masks == (str(path),)
+    path.unlink()
+    with pytest.raises(ValueError, match="does not exist"):
+        choose_photographs({"protocol": protocol}, None, ())
+    freeze_masks(open_masks("brush"), {"brush": {}}, 4, 32, 1, str(path))
+    with pytest.raises(ValueError, match=r"is not the mask set that the version was scored on .*--masks"):
+        choose_photographs({"protocol": protocol}, None, ())
+    assert choose_photographs({"protocol": protocol}, None, ("center",)).masks == ("center",)

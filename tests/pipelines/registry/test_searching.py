@@ -134,6 +134,42 @@ def test_versions_are_ranked_per_protocol(scored: MlflowStore) -> None:
     assert [row.version for row in lowest] == ["1", "2"], "lower distances are better"
 
 
+def test_groups_say_why_their_scores_cannot_be_compared(bare: MlflowStore) -> None:
+    bare.client.create_registered_model("digests")
+    for protocol, photographs, masks, distance in (
+        ("1: 10 photographs", "aaa", "bbb", "f1"),
+        ("1: 10 photographs", "aaa", "bbb", "f2"),
+        ("2: 10 photographs", "aaa", "ccc", "f2"),
+        ("3: 12 photographs", "ddd", "ccc", "f2"),
+        ("4: 12 photographs", None, None, "f2"),
+        ("5: 12 photographs", "ddd", "ccc", "f2"),
+    ):
+        tags = {
+            "inpaint.protocol": protocol,
+            "inpaint.distance": distance,
+            "inpaint.scores": json.dumps({"center/psnr_rgb_hole": 17.0, "center/fd": 2.0}),
+        }
+        tags |= {"inpaint.photographs": photographs, "inpaint.masks": masks} if photographs and masks else {}
+        bare.client.create_model_version("digests", "file:///nowhere", bare.run_id, tags=tags)
+    ranking = registry.best("digests", tracking_uri=bare.uri)
+    reasons = {group.protocol: group.not_comparable for group in ranking.groups if group.protocol}
+    assert reasons == {
+        "5: 12 photographs": "",
+        "4: 12 photographs": "other photographs, masks, seed or definitions of metrics (digests are not on record)",
+        "3: 12 photographs": "other sizes, seed or definitions of metrics, with the same photographs and masks",
+        "2: 10 photographs": "other photographs (ddd and aaa)",
+        "1: 10 photographs": "other photographs (ddd and aaa), other masks (ccc and bbb)",
+    }
+    assert [len(group.versions) for group in ranking.groups] == [1, 1, 1, 1, 2]
+    text = format_ranking(ranking)
+    assert "digests: photographs ddd, masks ccc" in text
+    assert "digests: photographs not recorded, masks not recorded" in text
+    assert "not comparable with the first: other photographs (ddd and aaa), other masks (ccc and bbb)" in text
+    distances = registry.best("digests", "fd", tracking_uri=bare.uri)
+    assert [len(group.versions) for group in distances.groups] == [1] * 6
+    assert "digests" not in registry.search("digests", tracking_uri=bare.uri).columns
+
+
 def test_a_missing_score_cannot_be_ranked(scored: MlflowStore) -> None:
     for options, message in (
         ({"metric": "psnr"}, "versions of edges were scored with masks brush and center: say which"),
