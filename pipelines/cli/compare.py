@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.frozen_masks import frozen_sets
 from pipelines.check_masks import FolderProgressCallback, check_masks
+from pipelines.cli.predictions import resolve_size
 from pipelines.contracts import ProgressCallback
 from pipelines.evaluation.comparison import INTERVAL_NOTE, PairedDifference, compare_methods
 from pipelines.evaluation.evaluate import evaluate
@@ -82,8 +82,7 @@ def compare_models(
         key: load_model(key if find_folder(model) else f"models:/{key}", tracking_uri=tracking_uri)
         for key, model in zip(keys, (a, b))
     }
-    frozen_sizes = [frozen.manifest.size for frozen in frozen_sets(masks).values()]
-    size = size or next(iter(frozen_sizes), None) or largest_training_size(models.values())
+    size = resolve_size(size, masks, largest_training_size(models.values()))
     photos = load_photographs(images, size, max_photos)
     methods: dict[str, InpaintingMethod] = {key: LoadedModelMethod(model) for key, model in models.items()}
     config = EvaluationConfig(masks=masks, max_photos=None, seed=seed, grid_rows=grid_rows, hole=hole)

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipelines.cli import predictions
 from pipelines.cli.arguments import (
     HOLE_HELP,
     MODEL_HELP,
@@ -21,6 +22,7 @@ from pipelines.cli.arguments import (
     registry_address,
     seed_int,
 )
+from pipelines.cli.predictions import add_prediction_arguments
 
 if TYPE_CHECKING:
     from pipelines.evaluation.results import EvaluationResult
@@ -29,10 +31,10 @@ if TYPE_CHECKING:
 def add_evaluate(add: AddCommand) -> None:
     evaluate = add(
         "evaluate",
-        "score models and the classical baselines on photographs",
+        "score models, the classical baselines and pictures of other programs on photographs",
         "evaluate edge_connect@champion --images photos --masks center --out scores",
     )
-    evaluate.add_argument("models", metavar="MODEL", nargs="+", help=MODEL_HELP)
+    evaluate.add_argument("models", metavar="MODEL", nargs="*", help=MODEL_HELP)
     evaluate.add_argument(
         "--images", metavar="DIR", required=True, help="photo folder, shard folder or bundled"
     )
@@ -45,7 +47,7 @@ def add_evaluate(add: AddCommand) -> None:
     )
     evaluate.add_argument("--hole", metavar="VALUE", action="append", help=HOLE_HELP)
     evaluate.add_argument(
-        "--out", metavar="DIR", required=True, help="folder for the table, the report and the sample grids"
+        "--out", metavar="DIR", help="folder for the table, the report and the sample grids (needed to score)"
     )
     evaluate.add_argument(
         "--size",
@@ -65,6 +67,7 @@ def add_evaluate(add: AddCommand) -> None:
     evaluate.add_argument(
         "--grid-rows", type=positive_int, default=6, help="rows of the sample grid (%(default)s)"
     )
+    add_prediction_arguments(evaluate)
     evaluate.add_argument("--no-baselines", action="store_true", help="do not score the classical methods")
     evaluate.add_argument("--tracking-uri", help="MLflow tracking URI")
     evaluate.set_defaults(run="pipelines.cli.evaluate:evaluate_command")
@@ -113,8 +116,13 @@ def add_import(add: AddCommand) -> None:
 def evaluate_command(args: argparse.Namespace) -> int:
     from pipelines.path_checks import check_photo_source, check_writable_folder
 
-    check_writable_folder(args.out, "--out")
+    predictions.check_arguments(args)
+    if args.out:
+        check_writable_folder(args.out, "--out")
     check_photo_source(args.images, "--images")
+    if args.export:
+        predictions.export(args)
+        return 0
 
     score_models(
         args.models,
@@ -129,6 +137,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
         grid_rows=args.grid_rows,
         out=Path(args.out),
         hole=args.hole,
+        predictions_of=args.predictions,
     )
     return 0
 
@@ -147,8 +156,10 @@ def score_models(
     grid_rows: int = 6,
     out: Path | None = None,
     hole: Sequence[str] | None = None,
+    predictions_of: Sequence[str] = (),
 ) -> EvaluationResult:
-    """Score models and, with `with_baselines`, the classical methods; print the table.
+    """Score models, the pictures of the folders `predictions_of`, and with `with_baselines` the classical methods; print
+    the table.
 
     With `out`, also write table.md, report.html and the sample grids. Photographs are cropped to squares of `size`
     pixels (None: that of a frozen mask set, else the largest training size of the models); of a shard folder, `split`
@@ -156,7 +167,6 @@ def score_models(
     photographs are listed and skipped.
     ValueError in one line: no such model, no photographs.
     """
-    from data_prep.frozen_masks import frozen_sets
     from pipelines import registry
     from pipelines.check_masks import check_masks
     from pipelines.cli.progress import mask_reading_display, scoring_display
@@ -179,15 +189,18 @@ def score_models(
     for uri in uris:
         with doing(f"loading {uri}"):
             models[uri.removeprefix("models:/")] = registry.load_model(uri, tracking_uri=tracking_uri)
-    frozen_sizes = [frozen.manifest.size for frozen in frozen_sets(masks).values()]
-    size = size or next(iter(frozen_sizes), None) or largest_training_size(models.values())
+    size = predictions.resolve_size(size, masks, largest_training_size(models.values()) if models else None)
     methods |= {key: LoadedModelMethod(model) for key, model in models.items()}
     photos = load_photographs(images, size, max_photos, split)
     config = EvaluationConfig(masks=masks, max_photos=None, seed=seed, grid_rows=grid_rows, hole=hole)
+    opened = predictions.open_all(predictions_of, photos, config, methods)
+    methods |= opened
     with scoring_display() as on_progress:
         evaluation = run_evaluation(methods, photos, config, progress=on_progress)
     print(table_text(evaluation))
-    verdicts = [verdict(evaluation, key, config.metric).sentence() for key in models if with_baselines]
+    predictions.print_notes(evaluation, opened)
+    scored = [*models, *opened]
+    verdicts = [verdict(evaluation, key, config.metric).sentence() for key in scored if with_baselines]
     if verdicts:
         print("", *verdicts, sep="\n")
     if out:

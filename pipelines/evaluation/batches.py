@@ -29,6 +29,8 @@ class EvalBatch:
     masks: dict[str, tuple[np.ndarray, ...]]
     grid_indices: frozenset[int] = frozenset()
     """Indices of the photographs in the sample grids."""
+    names: tuple[str, ...] = ()
+    """Of the photographs, for methods that look up their results by name."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def score_batch(
                 edge = _edges_for(edges, sigmas[name])
                 if edge is not None and getattr(method, "uses_true_edges", False):
                     edge = canny_edges(image, sigmas[name] or 0)
+                method = _method_for_photo(method, batch.names[offset : offset + 1], mask_set)
                 result, score = _complete_and_score(method, image, known, mask, edge)
                 batch_scores.scores.setdefault((mask_set, name), []).append(score)
                 results[name].append(result)
@@ -90,6 +93,11 @@ def score_batch(
             if extract and len(completed) == len(completions):
                 batch_scores.features[mask_set, name] = extract(completed, batch.first_index)
     return batch_scores
+
+
+def _method_for_photo(method: InpaintingMethod, names: Sequence[str], mask_set: str) -> InpaintingMethod:
+    for_photo: Callable[[str, str], InpaintingMethod] | None = getattr(method, "for_photo", None)
+    return for_photo(names[0], mask_set) if for_photo and names else method
 
 
 def _complete_and_score(

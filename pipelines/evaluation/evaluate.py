@@ -86,7 +86,8 @@ def evaluate(
     for start in range(0, len(images), BATCH_SIZE):
         indices = slice(start, start + BATCH_SIZE)
         batch_masks = {mask_set: tuple(set_masks[indices]) for mask_set, set_masks in masks.items()}
-        batches.append(EvalBatch(start, tuple(images[indices]), batch_masks, grid_indices))
+        names = tuple(name for name, _ in photographs[indices])
+        batches.append(EvalBatch(start, tuple(images[indices]), batch_masks, grid_indices, names))
     scoring = ScoringConfig(config.sigma, feature_extractor, truth_features is None)
     batch_scores = list(
         run_batches(methods, batches, scoring, progress or (lambda done, total, note="": None))
@@ -108,17 +109,23 @@ def extract_truth_features(photos: Iterable[tuple[str, np.ndarray]], config: Eva
     return np.concatenate([extract(images[start : start + BATCH_SIZE], start) for start in starts])
 
 
-def make_masks(config: EvaluationConfig, images: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
-    """Mask set -> one mask per photograph. The masks of photographs of one size come from one fixed list; of a frozen
-    set, photograph i gets mask i. Raises ValueError for a frozen set with too few masks or masks of another size."""
+def mask_set_names(config: EvaluationConfig) -> list[str]:
+    """The names of the mask sets in tables: the last part of a path, of a frozen set without .tar."""
     names = [
         name.removesuffix(SUFFIX) if is_frozen_set(kind) else name
         for kind in config.masks
         for name in [PurePosixPath(kind).name]
     ]
-    mask_sets = names if len(set(names)) == len(names) else list(config.masks)
+    return names if len(set(names)) == len(names) else list(config.masks)
+
+
+def make_masks(config: EvaluationConfig, images: Sequence[np.ndarray]) -> dict[str, list[np.ndarray]]:
+    """Mask set -> one mask per photograph. The masks of photographs of one size come from one fixed list; of a frozen
+    set, photograph i gets mask i. Raises ValueError for a frozen set with too few masks or masks of another size."""
     masks = {}
-    for mask_set, kind in zip(mask_sets, make_mask_specs(config.masks, config.hole), strict=True):
+    for mask_set, kind in zip(
+        mask_set_names(config), make_mask_specs(config.masks, config.hole), strict=True
+    ):
         sizes = [image.shape[:2] for image in images]
         by_size = {
             (h, w): iter(fixed_masks(kind, h, w, sizes.count((h, w)), config.seed)) for h, w in set(sizes)
@@ -153,8 +160,8 @@ def _merge_batches(
     samples, pictures = [], {}
     for batch in batches:
         for (index, mask_set), columns in batch.pictures.items():
-            stem = f"samples/{_safe_file_name(mask_set)}-{index:05d}"
-            keys = {name: f"{stem}-{i}-{_safe_file_name(name)}.png" for i, name in enumerate(columns)}
+            stem = f"samples/{safe_file_name(mask_set)}-{index:05d}"
+            keys = {name: f"{stem}-{i}-{safe_file_name(name)}.png" for i, name in enumerate(columns)}
             pictures.update({keys[name]: png for name, png in columns.items()})
             sample = {
                 "photo": names[index],
@@ -182,7 +189,8 @@ def _merge_batches(
     )
 
 
-def _safe_file_name(name: str) -> str:
+def safe_file_name(name: str) -> str:
+    """A name of a method or mask set as part of a file's name."""
     return re.sub(r"[^\w.-]+", "-", name)
 
 

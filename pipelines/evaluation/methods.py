@@ -14,12 +14,13 @@ class InpaintingMethod(Protocol):
     """Completes one photograph: image uint8 [H,W,3] (black in the hole), mask uint8 [H,W] with 1 = hole, edge bool
     [H,W] or None -> uint8 [H,W,3]. Raises ValueError on a hole that it cannot complete.
 
-    Four attributes are optional:
+    Five attributes are optional:
     - `sigma`: Canny's, for the edges outside the hole. None: the method takes no edges; missing: the evaluation's.
     - `uses_true_edges`: if true, the method gets the edges of the whole photograph, also those in the hole (to study the
       effect of perfect edges; this is not inpainting).
     - `predict_edges(image, mask, edge)`: the edges that it draws in the hole, [H,W] in [0,1], for the sample grids.
     - `visualize_attention(image, mask, edge)`: a picture of its attention, uint8 [H,W,3], for the sample grids.
+    - `for_photo(name, mask_set)`: the method to call for this photograph, for results that are looked up by name.
     """
 
     def __call__(self, image: np.ndarray, mask: np.ndarray, edge: np.ndarray | None) -> np.ndarray: ...
