@@ -21,6 +21,13 @@ from pipelines.evaluation.significance import (
 )
 
 BAND_COLUMN = METRIC_COLUMNS[0]
+BENCHMARK_KINDS = {
+    "lama_thin": "thin",
+    "lama_medium": "medium",
+    "lama_thick": "thick",
+    "mat_small": "small",
+    "mat_large": "large",
+}
 MAX_NAME_CHARS = 30
 MAX_LINE_CHARS = 100
 
@@ -81,15 +88,15 @@ def main_tables(evaluation: EvaluationResult) -> list[Table]:
 
 
 def band_tables(evaluation: EvaluationResult) -> list[Table]:
-    """PSNR inside the hole by hole area, for mask sets with more than one hole-area band; for the legend see the main
-    table, which stands above."""
+    """PSNR inside the hole by hole area, for mask sets with more than one hole-area band: over all masks (named by their
+    kind in the benchmarks of LaMa and MAT), then by tenths. For the legend see the main table, which stands above."""
     heading, metric, decimals = BAND_COLUMN
-    tables = []
+    tables, labels = [], _all_labels(evaluation)
     for masks, bands in evaluation.bands.items():
         bands_present = [band for band in HOLE_AREA_BANDS if band in bands]
         if len(bands_present) > 1:
             columns = []
-            for band in bands_present:
+            for band in ("all", *bands_present):
                 means = [evaluation.row(m, masks, band).metrics.get(metric) for m in evaluation.methods]
                 stats = mean_stats(evaluation, masks, [metric], band)
                 columns.append(
@@ -105,13 +112,25 @@ def band_tables(evaluation: EvaluationResult) -> list[Table]:
             tables.append(
                 Table(
                     masks_title(masks),
-                    tuple(f"{band} %" for band in bands_present),
+                    (labels.get(masks, "all"), *(f"{band} %" for band in bands_present)),
                     lines,
                     caption,
                     (),
                 )
             )
     return tables
+
+
+def _all_labels(evaluation: EvaluationResult) -> dict[str, str]:
+    """Mask set -> the name of its kind in the benchmarks of LaMa and MAT, of which a frozen set may consist too."""
+    protocol = evaluation.protocol
+    labels = {}
+    for masks, source in zip(evaluation.bands, protocol.masks):
+        frozen = protocol.frozen_masks.get(source)
+        kinds = list(frozen["masks"]) if frozen else [source]
+        if len(kinds) == 1 and kinds[0] in BENCHMARK_KINDS:
+            labels[masks] = BENCHMARK_KINDS[kinds[0]]
+    return labels
 
 
 def table_text(evaluation: EvaluationResult) -> str:

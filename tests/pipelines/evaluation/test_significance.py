@@ -140,11 +140,33 @@ def test_bands_have_intervals_of_their_own_photographs() -> None:
     bands = ["10-20"] * 12 + ["20-30"] * 4
     columns = {"a": scores(16, 1.0), "b": scores(16)}
     (table,) = band_tables(result(columns, bands=bands))
-    first, second = dict(table.lines)["a"]
+    assert table.headings == ("all", "10-20 %", "20-30 %")
+    all_masks, first, second = dict(table.lines)["a"]
+    assert all_masks.text == f"{np.mean(columns['a']):.2f}"
     low, high = bca_interval(np.array(columns["a"][:12])) or (math.nan, math.nan)
     assert first.interval == f"{low:.2f} to {high:.2f}"
     assert (second.interval, second.half_width) == ("", "")
-    assert [cell.worse for cell in dict(table.lines)["b"]] == [True, False]
+    assert [cell.worse for cell in dict(table.lines)["b"]] == [True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("masks", "frozen", "label"),
+    [
+        ("mat_small", None, "small"),
+        ("mat_large", None, "large"),
+        ("brush", None, "all"),
+        ("sets/x.tar", {"lama_thick": {"weight": 1}}, "thick"),
+        ("sets/x.tar", {"mat_small": {}, "mat_large": {}}, "all"),
+    ],
+)
+def test_the_kinds_of_benchmarks_stand_beside_the_tenths(
+    masks: str, frozen: dict[str, object] | None, label: str
+) -> None:
+    evaluation = result({"a": scores(16)}, bands=["10-20"] * 12 + ["20-30"] * 4)
+    records = {masks: {"masks": frozen}} if frozen else {}
+    protocol = replace(evaluation.protocol, masks=(masks,), frozen_masks=records)
+    (table,) = band_tables(replace(evaluation, protocol=protocol))
+    assert table.headings[0] == label
 
 
 def test_cells_that_print_the_best_value_have_no_mark() -> None:
