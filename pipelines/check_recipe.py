@@ -26,12 +26,29 @@ def check_recipe(recipe: Recipe, allow_downloads: bool = True) -> None:
     size = recipe.data.size
     for spec in _check("evaluate", make_mask_specs, recipe.evaluate.masks, recipe.evaluate.hole):
         _check("evaluate.masks", check_mask_spec, spec, size)
+    _check("evaluate.masks", _check_frozen_counts, recipe)
     check_metric("evaluate.metric", recipe.evaluate.metric, size)
     distance = recipe.evaluate.distance
     if distance is not None and (
         allow_downloads or not distance.weights or is_local(distance.weights, distance.sha256)
     ):
         _check("evaluate.distance", load_feature_extractor, distance)
+
+
+def _check_frozen_counts(recipe: Recipe) -> None:
+    """Check that a frozen mask set has a mask for every photograph that may be scored: how many there are is known only
+    after sharding, and the evaluation would fail after the training."""
+    from data_prep.frozen_masks import frozen_sets
+
+    most = recipe.evaluate.max_photos
+    for name, frozen in frozen_sets(recipe.evaluate.masks).items():
+        count = frozen.manifest.count
+        if most is None or most > count:
+            allowed = "any number of" if most is None else f"up to {most}"
+            raise ValueError(
+                f"{name} has {count} masks, and evaluate.max_photos allows {allowed} photographs: set it to {count} or "
+                "less, or freeze more masks"
+            )
 
 
 def check_metric(field: str, metric: str, size: int, set_metrics: Sequence[str] = ()) -> None:

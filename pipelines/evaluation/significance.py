@@ -62,8 +62,8 @@ def mean_stats(
         for method, column in columns.items():
             jobs["mean", method, metric] = column[np.isfinite(column)]
         best = _best_method(columns, metric)
-        for method, column in columns.items() if best else ():
-            if method == best:
+        for method, column in columns.items():
+            if not best or method == best:
                 continue
             both_finite = np.isfinite(column) & np.isfinite(columns[best])
             if not both_finite.any() and np.isfinite(column).all():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from skimage.data import astronaut
 
 from data_prep.frozen_masks import freeze_masks, load_frozen_set
@@ -17,6 +20,10 @@ from pipelines.evaluation.results import EvaluationResult
 from pipelines.evaluation.tables import table_text
 from pipelines.recipe import EvaluationConfig
 from pipelines.recipe.load import RecipeError, parse_recipe
+from pipelines.weights import CheckpointInfo, save_weights
+from support.small_models import build_small
+
+CommandLine = Callable[..., tuple[int, str, str]]
 
 SIDE, COUNT = 48, 12
 
@@ -85,5 +92,54 @@ def test_a_recipe_names_a_set_for_its_evaluation_and_not_for_training(frozen: Pa
     body = {"name": "a", "data": {"size": 64}, "model": {"name": "deepfill_v2", "width": 0.1}}
     with pytest.raises(RecipeError, match=r"^evaluate\.masks: .* masks of 48 x 48 pixels, not 64 x 64"):
         check_recipe(parse_recipe(body | {"evaluate": {"masks": [str(frozen)], "distance": None}}))
+    body = body | {"data": {"size": SIDE}}
+    for most, words in ((13, "up to 13"), (None, "any number of")):
+        evaluate_section = {"masks": [str(frozen)], "distance": None, "max_photos": most}
+        with pytest.raises(
+            RecipeError, match=rf"^evaluate\.masks: .* 12 masks, and .* {words} photographs: set it to 12"
+        ):
+            check_recipe(parse_recipe(body | {"evaluate": evaluate_section}))
+    check_recipe(parse_recipe(body | {"evaluate": {**evaluate_section, "max_photos": COUNT}}))
     with pytest.raises(RecipeError, match=r"^masks: .* frozen mask set, which is for evaluation"):
         check_recipe(parse_recipe(body | {"masks": str(frozen)}), allow_downloads=False)
+
+
+def test_the_command_scores_at_the_size_of_the_set(
+    frozen: Path, tmp_path: Path, command_line: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("INPAINT_CACHE", str(tmp_path / "cache"))
+    model = build_small("partial_conv")
+    (tmp_path / "model").mkdir()
+    save_weights(
+        tmp_path / "model", model, {}, CheckpointInfo(model.name, vars(model.options), size=32, sigma=2.0)
+    )
+    (tmp_path / "photos").mkdir()
+    for n in range(3):
+        Image.fromarray(astronaut()[:90, 80 * n : 80 * n + 80]).save(tmp_path / "photos" / f"{n}.png")
+    command = (
+        "evaluate",
+        "model",
+        "--images",
+        "photos",
+        "--masks",
+        "thick.tar",
+        "--out",
+        "scores",
+        "--no-baselines",
+    )
+    status, out, error = command_line(*command)
+    assert status == 0, error
+    digest = load_frozen_set("thick.tar").manifest.digest
+    result = json.loads((tmp_path / "scores" / "evaluation.json").read_text())
+    assert result["protocol"]["sizes"] == [f"{SIDE}x{SIDE}"]
+    assert result["protocol"]["frozen_masks"]["thick.tar"]["digest"] == digest
+    assert "thick masks · 3 photographs" in out
+    assert f"masks {result['protocol']['masks_sha256'][:12]}" in " ".join(out.split())
+    status, _, error = command_line(*command, "--size", "32")
+    assert (status, "\n" in error.strip().splitlines()[-1]) == (1, False)
+    assert "masks of 48 x 48 pixels, not 32 x 32" in error
+    frozen.write_bytes(frozen.read_bytes()[:4000])
+    status, _, error = command_line(*command)
+    assert status == 1
+    assert "thick.tar is damaged" in error
