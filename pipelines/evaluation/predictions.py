@@ -101,8 +101,9 @@ def open_predictions(uri: str, photographs: Sequence[str], mask_sets: Sequence[s
     by_stem = {stem: name for name, stem in stems.items()} | {name: name for name in stems}
     files: dict[tuple[str, str], str] = {}
     used = set()
-    for masks in mask_sets:
-        prefix = f"{safe_file_name(masks)}/"
+    folders = _folders(mask_sets)
+    for masks, folder in folders.items():
+        prefix = f"{folder}/"
         own = [key for key in pictures if key.startswith(prefix)]
         if not own and len(mask_sets) == 1:
             prefix, own = "", pictures
@@ -116,8 +117,8 @@ def open_predictions(uri: str, photographs: Sequence[str], mask_sets: Sequence[s
             files[masks, name] = key
             used.add(key)
     if not files:
-        folder = f"{safe_file_name(mask_sets[0])}/" if len(mask_sets) > 1 else ""
-        example = f"{folder}{next(iter(stems.values()))}.png"
+        start = f"{folders[mask_sets[0]]}/" if len(mask_sets) > 1 else ""
+        example = f"{start}{next(iter(stems.values()))}.png"
         raise ValueError(
             f"{uri} has {len(pictures)} pictures, and none belongs to a photograph: the names are those that `inpaint "
             f"evaluate --export` writes, such as {example}"
@@ -174,21 +175,32 @@ def export_inputs(photos: Photographs, config: EvaluationConfig, uri: str) -> di
     the content of protocol.json, which lies beside them."""
     storage, stems = open_storage(uri), file_stems([name for name, _ in photos])
     masks = make_masks(config, [image for _, image in photos])
+    folders = _folders(list(masks))
     for mask_set, set_masks in masks.items():
-        folder = safe_file_name(mask_set)
+        folder = folders[mask_set]
         for (name, image), mask in zip(photos, set_masks, strict=True):
             known = np.where(mask[..., None] != 0, np.uint8(0), image)
             storage.write(f"{folder}/images/{stems[name]}.png", encode_png(known))
             storage.write(f"{folder}/masks/{stems[name]}.png", encode_png(mask * np.uint8(255)))
     record = {
         "photographs": {stems[name]: name for name, _ in photos},
-        "masks": dict(zip((safe_file_name(mask_set) for mask_set in masks), config.masks, strict=True)),
+        "masks": dict(zip(folders.values(), config.masks, strict=True)),
         "seed": config.seed,
         "hole": "black in images, white in masks",
         "filled": "MASKS/NAME.png (or .jpg, .jpeg, .webp) of the same size; with one mask set also NAME.png",
     }
     storage.write("protocol.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
     return record
+
+
+def _folders(mask_sets: Sequence[str]) -> dict[str, str]:
+    """Mask set -> the name of its folder. Raises ValueError if two have one name."""
+    folders = {masks: safe_file_name(masks) for masks in mask_sets}
+    if len(set(folders.values())) < len(folders):
+        raise ValueError(
+            f"the mask sets {', '.join(mask_sets)} need folders of different names: rename one of them"
+        )
+    return folders
 
 
 def _without_suffix(name: str, suffixes: Sequence[str]) -> str:

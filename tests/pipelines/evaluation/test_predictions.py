@@ -160,6 +160,8 @@ def test_a_folder_without_a_matching_picture_is_an_error(tmp_path: Path, photos:
         open_predictions(str(tmp_path), names, ["box"])
     with pytest.raises(ValueError, match=r"such as center/tile 0\.png$"):
         open_predictions(str(tmp_path), names, ["center", "box"])
+    with pytest.raises(ValueError, match="need folders of different names"):
+        open_predictions(str(tmp_path), names, ["a/masks", "a-masks"])
     for suffix in ("png", "jpg"):
         save(tmp_path / f"tile 0.{suffix}", photos[0][1])
     with pytest.raises(ValueError, match=r"two pictures for the photograph tile 0\.jpg: remove tile 0"):
