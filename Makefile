@@ -3,6 +3,7 @@
 # make soak      the long tests: every model instead of one or two, runs with many injected faults, the wheel
 # make lint      ruff and mypy;   make bench   the benchmarks
 # make gpu       on a machine with a GPU: is training right, and how fast? five minutes, needs torch but neither Ray nor MLflow
+# make bfloat16  which bfloat16 convolutions does torch compute right on this CPU? ten minutes
 # make docs      the site, from docs/ into build/docs; warnings are errors
 # make coverage  the fast tests with coverage.py: prints the lines covered per file and in total
 # make wheel     the package, into dist/
@@ -12,7 +13,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo check test lint bench soak gpu docs coverage wheel validate-infra clean
+.PHONY: demo check test lint bench soak gpu bfloat16 docs coverage wheel validate-infra clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -43,6 +44,10 @@ lint: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python -m pytest -m benchmark tests -s
+
+# ARGUMENTS="--isa avx512_bf16 --minutes 10"
+bfloat16: $(READY)
+	@PYTHONPATH=.:tests $(BIN)/python -m bfloat16 --models $(ARGUMENTS)
 
 # with the machine's own Python, which has a torch for its GPU; ONLY="gradients speed" runs two parts
 gpu:

@@ -23,6 +23,18 @@ from models.layers import fold_spectral_norm_
 Batch = Mapping[str, Any]
 Losses = dict[str, Tensor]
 RANDOMS_PER_SAMPLE = 4  # random numbers per photograph and step
+HardwareKind = Literal["gpu", "amx", "avx512_bf16", "cpu"]
+"""What trains: a GPU, or a CPU by its bfloat16 instructions, matrix (AMX) or vector ones; `cpu` has none."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The arithmetic and the memory layout of a training."""
+
+    bfloat16: bool = False
+    """Forward passes and losses run under autocast; parameters, gradients and optimizers stay float32."""
+    channels_last: bool = False
+    """Memory layout of images and weights."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +141,9 @@ class Model(nn.Module, abc.ABC):
     """Options that weight the losses on frozen features: if all are 0, the feature network is never loaded."""
     published_training: ClassVar[PublishedTraining | None] = None
     small_config: ClassVar[SmallConfig]
+    precisions: ClassVar[Mapping[HardwareKind, Precision]] = {}
+    """What `train.precision: auto` means, by hardware: as measured, never by a timing. Hardware that is not listed trains
+    in float32 on contiguous tensors."""
     checkpoint_layout: ClassVar[CheckpointLayout | None] = None
     """The public implementation whose checkpoints can be imported."""
 

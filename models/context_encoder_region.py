@@ -8,6 +8,7 @@ up-convolutions; released is that of the published code, the centre network with
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar
@@ -16,7 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Batch, Completion, Losses, Model, Phase, SmallConfig, global_mask_mean
+from models.base import (
+    Batch,
+    Completion,
+    HardwareKind,
+    Losses,
+    Model,
+    Phase,
+    Precision,
+    SmallConfig,
+    global_mask_mean,
+)
 from models.context_encoder import FILL_COLORS, Discriminator
 from models.context_encoder import Generator as CenterGenerator
 from models.hole_crop import resampling_matrix
@@ -176,6 +187,7 @@ class ContextEncoderRegion(Model):
 
     name: ClassVar[str] = "context_encoder_region"
     Options: ClassVar[type] = ContextEncoderRegionOptions
+    precisions: ClassVar[Mapping[HardwareKind, Precision]] = {"amx": Precision(bfloat16=True)}
     small_config: ClassVar[SmallConfig] = SmallConfig(
         {"size": 32, "width": 0.125, "lambda_adv": 0.001},
         image_size=32,

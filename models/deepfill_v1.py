@@ -20,9 +20,11 @@ from models.attention import ContextualAttention, visualize_attention
 from models.base import (
     Batch,
     Completion,
+    HardwareKind,
     Losses,
     Model,
     Phase,
+    Precision,
     PublishedTraining,
     SmallConfig,
     global_mask_mean,
@@ -290,6 +292,11 @@ class DeepFillV1(Model):
         # 0.3 to 0.4 batches per second, with five critic steps each
         steps_range=(0.3 * (5 * 5 * 24 * 3600), 0.4 * (5 * 5 * 24 * 3600)),
     )
+    precisions: ClassVar[Mapping[HardwareKind, Precision]] = {
+        "amx": Precision(bfloat16=True, channels_last=True),
+        "avx512_bf16": Precision(channels_last=True),  # bfloat16 was not measured there
+        "cpu": Precision(channels_last=True),
+    }
     small_config: ClassVar[SmallConfig] = SmallConfig(
         {"size": 32, "width": 0.125}, image_size=32, overfit_steps={"train": 600}
     )

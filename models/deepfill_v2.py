@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from models.attention import ContextualAttention, visualize_attention
-from models.base import Batch, Completion, Losses, Model, Phase, SmallConfig
+from models.base import Batch, Completion, HardwareKind, Losses, Model, Phase, Precision, SmallConfig
 from models.checkpoint_layout import (
     CheckpointLayout,
     NetworkLayout,
@@ -279,6 +279,11 @@ class DeepFillV2(Model):
     name: ClassVar[str] = "deepfill_v2"
     Options: ClassVar[type] = DeepFillV2Options
     size_multiple: ClassVar[int] = 8
+    precisions: ClassVar[Mapping[HardwareKind, Precision]] = {
+        "amx": Precision(bfloat16=True),
+        "avx512_bf16": Precision(bfloat16=True),
+        "cpu": Precision(channels_last=True),
+    }
     small_config: ClassVar[SmallConfig] = SmallConfig(
         # with the paper's lambda_adv of 1 small networks need many more steps
         {"width": 0.125, "lambda_adv": 0.001},

@@ -18,9 +18,11 @@ from torch.nn.utils import parametrize
 from models.base import (
     Batch,
     Completion,
+    HardwareKind,
     Losses,
     Model,
     Phase,
+    Precision,
     PublishedTraining,
     SmallConfig,
     eval_mode,
@@ -302,6 +304,10 @@ class EdgeConnect(Model):
         batch_size=8,
         image_size=256,
     )
+    precisions: ClassVar[Mapping[HardwareKind, Precision]] = {
+        "amx": Precision(bfloat16=True),
+        "avx512_bf16": Precision(bfloat16=True),
+    }
     small_config: ClassVar[SmallConfig] = SmallConfig(
         {
             "width": 0.125,

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from models.base import (
     Batch,
     Completion,
+    HardwareKind,
     Losses,
     Model,
     Phase,
+    Precision,
     PublishedTraining,
     SmallConfig,
     global_mask_mean,
@@ -249,6 +251,11 @@ class GLCIC(Model):
         image_size=256,
         steps_range=(5e5, 5e5),
     )
+    precisions: ClassVar[Mapping[HardwareKind, Precision]] = {
+        "amx": Precision(bfloat16=True, channels_last=True),
+        "avx512_bf16": Precision(channels_last=True),  # bfloat16 was not measured there
+        "cpu": Precision(channels_last=True),
+    }
     small_config: ClassVar[SmallConfig] = SmallConfig(
         {"size": 32, "width": 0.125},
         image_size=32,

@@ -15,7 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.base import Batch, Completion, Losses, Model, Phase, PublishedTraining, SmallConfig
+from models.base import (
+    Batch,
+    Completion,
+    HardwareKind,
+    Losses,
+    Model,
+    Phase,
+    Precision,
+    PublishedTraining,
+    SmallConfig,
+)
 from models.checkpoint_layout import (
     CheckpointLayout,
     NetworkLayout,
@@ -229,6 +239,11 @@ class PartialConv(Model):
         batch_size=6,
         image_size=512,
     )
+    precisions: ClassVar[Mapping[HardwareKind, Precision]] = {
+        "amx": Precision(channels_last=True),
+        "avx512_bf16": Precision(channels_last=True),
+        "cpu": Precision(channels_last=True),
+    }
     small_config: ClassVar[SmallConfig] = SmallConfig(
         {
             "levels": 3,

@@ -152,7 +152,7 @@ class TrainSchedule:
     batch: int
     lr_scale: float
     ema_decay: float
-    precision: Literal["float32", "bfloat16"]
+    precision: Literal["auto", "float32", "bfloat16"]
     tf32: bool
     channels_last: bool
     compile: bool

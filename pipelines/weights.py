@@ -46,6 +46,12 @@ class CheckpointInfo:
     hole_range: tuple[int | float, int | float] | None = None
     """Smallest and largest hole in training, as fractions of the image in [0, 1]."""
     steps: int | None = None
+    precision: str | None = None
+    """Of the training: float32 or bfloat16."""
+    channels_last: bool | None = None
+    """Its memory layout."""
+    hardware: str | None = None
+    """On which it began: gpu, amx, avx512_bf16 or cpu (models.base.HardwareKind)."""
     model: str | None = None
     """`name` again. Only in records of imported versions."""
     needs_edges: bool | None = None

@@ -129,8 +129,10 @@ class Train(Section):
     batch: PositiveInt = Field(16, description="photographs per step, over all workers")
     lr_scale: Annotated[float, Field(gt=0)] = Field(1.0, description="factor on the paper's learning rates")
     ema_decay: Fraction = Field(0.0, description="decay of the generators' moving average; 0 = none")
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="bfloat16: forward passes and losses run under autocast"
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "float32",
+        description="bfloat16: forward passes and losses run under autocast; auto: precision and memory layout of the "
+        "model's table for this hardware",
     )
     tf32: bool = Field(False, description="TensorFloat-32 matrix products and convolutions on GPUs")
     channels_last: bool = Field(False, description="memory layout of images and weights: faster on most GPUs")
@@ -140,6 +142,14 @@ class Train(Section):
     keep_checkpoints: PositiveInt = Field(
         2, description="number of last checkpoints to keep, besides the best"
     )
+
+    @model_validator(mode="after")
+    def _check_layout(self) -> Train:
+        if self.precision == "auto" and self.channels_last:
+            raise ValueError(
+                "channels_last: precision = auto chooses the memory layout; leave one of them out"
+            )
+        return self
 
 
 class Scaling(Section):

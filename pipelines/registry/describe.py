@@ -38,7 +38,7 @@ MODEL_FIELDS = (
         "takes_edges",
         "true_edges",
     ),
-    *("masks", "hole_range", "steps", "seed", "imported"),
+    *("masks", "hole_range", "steps", "seed", "precision", "channels_last", "hardware", "imported"),
 )
 
 

@@ -117,7 +117,9 @@ def _training(metadata: Mapping[str, Any]) -> list[str]:
         kind = f", {metadata['edge_source']}" if metadata.get("edge_source") else ""
         lines.append(f"edges: Canny, sigma {', '.join(f'{sigma:g}' for sigma in sigmas if sigma)}{kind}")
     if metadata.get("steps"):
-        lines.append(f"{metadata['steps']} steps, seed {metadata.get('seed')}")
+        precision = f", {metadata['precision']}" if metadata.get("precision") else ""
+        hardware = f" (begun on: {metadata['hardware']})" if metadata.get("hardware") else ""
+        lines.append(f"{metadata['steps']} steps, seed {metadata.get('seed')}{precision}{hardware}")
     if sweep := metadata.get("sweep"):
         lines.append(f"values found by the sweep {sweep.get('name')}: {sweep.get('values')}")
     code = metadata.get("code") or {}

@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.base import RANDOMS_PER_SAMPLE, Losses, Model, Phase, Schedule
+from models.base import RANDOMS_PER_SAMPLE, HardwareKind, Losses, Model, Phase, Schedule
 from models.layers import freeze_power_iteration
+from pipelines.training.bfloat16 import ProvenBfloat16
 from pipelines.training.numerics import (
     compile_networks,
     flatten_gradients,
     match_memory_format,
-    onednn_disabled,
     requires_grad_off,
     shorten_compiler_errors,
     to_float_tensor,
@@ -61,6 +61,8 @@ class Learner:
     bfloat16: bool = False
     """Forward passes and losses run under autocast; parameters, gradients and optimizers stay float32."""
     channels_last: bool = False
+    hardware: HardwareKind = "cpu"
+    """On which the training began: recorded beside the precision, without effect on a step."""
     compiled: bool = False
     micro_batch_size: int | None = None
     """Photographs per forward pass at most; gradients are accumulated over a rank's batch. None: no accumulation."""
@@ -91,7 +93,7 @@ class Learner:
         NonFiniteLoss on all ranks before any parameter changes.
         """
         with (
-            onednn_disabled(self.bfloat16 and self.device.type == "cpu"),
+            ProvenBfloat16() if self.bfloat16 and self.device.type == "cpu" else nullcontext(),
             shorten_compiler_errors() if self.compiled else nullcontext(),
         ):
             return self._step(step, batch)
@@ -319,6 +321,11 @@ class Learner:
             "step": step,
             "seed": self.seed,
             "phase": self.phase.name if self.phase else None,
+            "precision": {
+                "bfloat16": self.bfloat16,
+                "channels_last": self.channels_last,
+                "hardware": self.hardware,
+            },
             "networks": self.model.networks.state_dict(),
             "optimisers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "ema": self.ema,

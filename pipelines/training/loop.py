@@ -11,6 +11,7 @@ import tempfile
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ray.train
 import torch
@@ -19,7 +20,7 @@ from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMod
 from data_prep.cache import ShardCache
 from data_prep.stream import BatchStream
 from models import build_model
-from models.base import make_schedule
+from models.base import Precision, make_schedule
 from pipelines.downloads import with_local_weights
 from pipelines.durable.task import announce
 from pipelines.tracking.runs import CurvePoint, CurvePublisher
@@ -34,6 +35,7 @@ from pipelines.training.job import TrainJob
 from pipelines.training.learner import Learner
 from pipelines.training.lost_workers import announce_resume
 from pipelines.training.monitoring import LossMeter, TrainMonitor
+from pipelines.training.precision import TrainedPrecision, begin_precision, describe_resumed_precision
 from pipelines.training.validation_set import ValidationSet
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
@@ -45,8 +47,9 @@ def train_loop(job: TrainJob) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     meter = LossMeter()
     preemption_handled = False  # a checkpoint was written for the announced end of a node
-    learner = make_learner(job, rank, world_size)
-    start, points = restore(job, learner)
+    state, points = read_last_state(job)
+    learner = make_learner(job, rank, world_size, TrainedPrecision.from_state(state) if state else None)
+    start = learner.load(state) if state else 0
     total = job.config.stop_after_step or learner.schedule.total_steps
     monitor = make_monitor(job, learner, points) if rank == 0 else None
     stream = make_stream(job, rank, world_size)
@@ -54,6 +57,8 @@ def train_loop(job: TrainJob) -> None:
         monitor.publish_on_commit(start, lambda _: True, partial(keep_best_checkpoint, job))
     if monitor and ray.train.get_checkpoint() is not None:
         announce_resume(job.progress, start, world_size)
+    if monitor:
+        announce_precision(job, learner, resumed=bool(start))
     with monitor or nullcontext():
         for step, batch in enumerate(stream.iter_batches(start, total), start):
             meter.batch_ready()
@@ -117,8 +122,13 @@ def make_monitor(job: TrainJob, learner: Learner, points: list[CurvePoint]) -> T
     return TrainMonitor(learner, points, validation_set, publisher, job.progress)
 
 
-def make_learner(job: TrainJob, rank: int, world_size: int) -> Learner:
-    """A learner with the same initial weights on every rank: the recipe's seed alone decides them."""
+def make_learner(
+    job: TrainJob, rank: int, world_size: int, trained: TrainedPrecision | None = None
+) -> Learner:
+    """A learner with the same initial weights on every rank: the recipe's seed alone decides them.
+
+    trained: the precision of the training that goes on; None: it begins, and this is a collective call.
+    """
     torch.set_num_threads(job.compute.torch_threads)
     tune_malloc()
     torch.manual_seed(job.config.seed)
@@ -126,6 +136,8 @@ def make_learner(job: TrainJob, rank: int, world_size: int) -> Learner:
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.allow_tf32 = True
     model = build_model(job.config.model, **with_local_weights(job.config.options))
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    trained = trained or begin_precision(job.config.train, type(model), device, world_size)
     return Learner(
         model,
         make_schedule(model, job.config.train.steps),
@@ -134,9 +146,10 @@ def make_learner(job: TrainJob, rank: int, world_size: int) -> Learner:
         world_size,
         job.config.train.lr_scale,
         job.config.train.ema_decay,
-        torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu"),
-        bfloat16=job.config.train.precision == "bfloat16",
-        channels_last=job.config.train.channels_last,
+        device,
+        bfloat16=trained.precision.bfloat16,
+        channels_last=trained.precision.channels_last,
+        hardware=trained.hardware,
         compiled=job.config.train.compile,
         micro_batch_size=job.compute.micro_batch_size,
     )
@@ -155,16 +168,25 @@ def tune_malloc() -> None:
             libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
 
 
-def restore(job: TrainJob, learner: Learner) -> tuple[int, list[CurvePoint]]:
-    """Load the last checkpoint, if there is one; returns the step to resume from and the curve points before it."""
+def read_last_state(job: TrainJob) -> tuple[dict[str, Any] | None, list[CurvePoint]]:
+    """The learner's state in the last checkpoint, None if there is none, and the curve points before it."""
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
-        state, points = read_checkpoint(checkpoint)
-    elif job.resume_from:
-        state, points = read_resume_state(job.storage.subfolder(job.resume_from))
+        return read_checkpoint(checkpoint)
+    if job.resume_from:
+        return read_resume_state(job.storage.subfolder(job.resume_from))
+    return None, []
+
+
+def announce_precision(job: TrainJob, learner: Learner, resumed: bool) -> None:
+    """Say which precision `auto` stands for when a training begins, and where it resumes on other hardware."""
+    trained = TrainedPrecision(Precision(learner.bfloat16, learner.channels_last), learner.hardware)
+    if resumed:
+        note = describe_resumed_precision(trained, learner.device)
     else:
-        return 0, []
-    return learner.load(state), points
+        note = trained.describe() if job.config.train.precision == "auto" else ""
+    if note:
+        announce(job.progress, note)
 
 
 def save_checkpoint(

@@ -1,8 +1,7 @@
-"""Torch helpers of the learner: float inputs, flat gradients, memory formats, torch.compile, workarounds."""
+"""Torch helpers of the learner: float inputs, flat gradients, memory formats, torch.compile."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -81,22 +80,6 @@ def match_memory_format(optimizer: torch.optim.Optimizer) -> None:
         for key, value in state.items():
             if value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[key] = torch.empty_like(parameter).copy_(value)
-
-
-@contextmanager
-def onednn_disabled(bfloat16_on_cpu: bool) -> Iterator[None]:
-    """Disable oneDNN for bfloat16 on CPUs, where its gradients are wrong.
-
-    It leaves parts of a weight's gradient unwritten when the input of a strided convolution is a single pixel (torch
-    2.13, seen with 5x5 kernels; the plain kernels agree with float64).
-    """
-    if not bfloat16_on_cpu:
-        yield
-        return
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the switch warns that it also changes TF32
-        with torch.backends.mkldnn.flags(enabled=False):
-            yield
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from pipelines.training.checkpoint import read_best_state, read_checkpoint, writ
 from pipelines.training.curves import CURVES_FILE, TrainingCurves
 from pipelines.training.job import TrainFolders, TrainJob, WorkerCompute
 from pipelines.training.lost_workers import AnnounceLostWorkers
+from pipelines.training.precision import TrainedPrecision
 from pipelines.training.process_group import ProcessGroupConfig
 from pipelines.training.ray_filesystem import ray_storage_location
 from pipelines.training.ray_train import FastStartTrainer
@@ -86,6 +87,7 @@ def train(
         sigma=statistics.median(config.sigma),
         sigmas=tuple(config_json["sigma"]),
         hole_range=hole_area_range(config.masks, config.size, ctx.storage),
+        **precision_record(state),
     )
     schedule = make_schedule(model, config.train.steps)
     curves = TrainingCurves(
@@ -166,6 +168,18 @@ def fit(
             f"training {run_name} ended without a checkpoint: {result.error or 'Ray gave no reason'}"
         )
     return read_checkpoint(result.checkpoint)
+
+
+def precision_record(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of CheckpointInfo on the precision of a training; {} for a state from before it was recorded."""
+    trained = TrainedPrecision.from_state(state)
+    if trained is None:
+        return {}
+    return {
+        "precision": trained.data_type,
+        "channels_last": trained.precision.channels_last,
+        "hardware": trained.hardware,
+    }
 
 
 def hole_area_range(

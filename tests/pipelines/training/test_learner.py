@@ -42,6 +42,7 @@ def make_learner(
     phase_steps: int = 0,
     compiled: bool = False,
     channels_last: bool = False,
+    bfloat16: bool = False,
     micro_batch_size: int | None = None,
     **options,
 ) -> Learner:
@@ -58,6 +59,7 @@ def make_learner(
         world_size,
         ema_decay=ema,
         compiled=compiled,
+        bfloat16=bfloat16,
         channels_last=channels_last,
         micro_batch_size=micro_batch_size,
     )
@@ -85,14 +87,19 @@ def fingerprint(learner: Learner) -> list[torch.Tensor]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "channels_last"),
+    ("name", "precision"),
     [
-        *((name, False) for name in list_models()),
-        *(pytest.param(n, True, marks=[] if n in CHANNELS_LAST else pytest.mark.soak) for n in list_models()),
+        *((name, "float32") for name in list_models()),
+        *(
+            pytest.param(name, precision, marks=[] if name in CHANNELS_LAST else pytest.mark.soak)
+            for precision in ("channels_last", "bfloat16")
+            for name in list_models()
+        ),
     ],
 )
-def test_a_run_resumed_at_any_step_ends_with_the_same_bits(name: str, channels_last: bool, small) -> None:
-    uninterrupted = make_learner(small, name, channels_last=channels_last)
+def test_a_run_resumed_at_any_step_ends_with_the_same_bits(name: str, precision: str, small) -> None:
+    options = {} if precision == "float32" else {precision: True}
+    uninterrupted = make_learner(small, name, **options)
     total = uninterrupted.schedule.total_steps
     states = []
     for step in range(total):
@@ -102,7 +109,7 @@ def test_a_run_resumed_at_any_step_ends_with_the_same_bits(name: str, channels_l
         uninterrupted.step(step, batch(step))
     for cut in sorted({1, total // 2, total - 1}):
         torch.manual_seed(99)  # the process's earlier random state must not matter
-        resumed = make_learner(small, name, channels_last=channels_last)
+        resumed = make_learner(small, name, **options)
         start = resumed.load(torch.load(io.BytesIO(states[cut]), weights_only=True))
         assert start == cut
         for step in range(start, total):
@@ -236,8 +243,7 @@ def test_accumulating_learners_resume_to_the_same_bits(name: str, small) -> None
 @pytest.mark.soak_for("context_encoder_region", "deepfill_v1", "edge_connect", "glcic")
 @pytest.mark.parametrize("name", list_models())
 def test_bfloat16_losses_stay_finite_and_parameters_float32(name: str, small) -> None:
-    learner = make_learner(small, name)
-    learner.bfloat16 = True
+    learner = make_learner(small, name, bfloat16=True)
     for step in range(learner.schedule.total_steps):
         terms = learner.step(step, batch(step))
         assert all(torch.isfinite(value) for value in terms.values()), (step, terms)
