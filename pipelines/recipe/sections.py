@@ -235,7 +235,7 @@ class EvaluationConfig(Section):
     The section of a recipe, the config of the evaluation steps, and an argument of `pipelines.evaluation.evaluate`.
     """
 
-    masks: tuple[str, ...] = Field(("center",), description="kinds or folders of masks")
+    masks: tuple[str, ...] = Field(("center",), description="kinds, folders or frozen sets (.tar) of masks")
     split: Literal["train", "val", "test"] = Field("test", description="split that is scored")
     max_photos: PositiveInt | None = Field(
         1000, description="maximum number of photographs (the first ones); none = all"

@@ -149,6 +149,14 @@ def _scores(metadata: Mapping[str, Any], tables: Sequence[str]) -> list[str]:
             f"{protocol.get('seed')}."
         )
         sentences.append("Known pixels are kept. Only scores of the same protocol can be compared.")
+    if protocol.get("photographs_sha256") and protocol.get("masks_sha256"):
+        digests = {name: protocol[f"{name}_sha256"][:12] for name in ("photographs", "masks")}
+        sentences.append(f"Digests: photographs `{digests['photographs']}`, masks `{digests['masks']}`.")
+    if metadata.get("intervals"):
+        sentences.append(
+            "In brackets: the 95 % interval of the mean over photographs (bootstrap). ↓: worse than the best of the "
+            "column by more than chance (paired)."
+        )
     return ["## Scores", str(metadata.get("verdict") or ""), " ".join(sentences), *tables]
 
 
@@ -168,7 +176,7 @@ def _score_tables(metadata: Mapping[str, Any], metrics: Mapping[str, float]) -> 
     for masks, bands in rows.items():
         ordered = sorted(bands, key=lambda band: int(band.partition("-")[0]) if band else -1)
         lines = [
-            (f"holes of {band} %" if band else "**this version**", bands[band])
+            (f"holes of {band} %" if band else "**this version**", bands[band], None if band else "")
             for band in ordered
             if not (band and len(bands) == 2)  # the only band repeats the means
         ]
@@ -176,19 +184,34 @@ def _score_tables(metadata: Mapping[str, Any], metrics: Mapping[str, float]) -> 
             own = {
                 split_column(column)[2]: x for column, x in scores.items() if split_column(column)[0] == masks
             }
-            lines.append((TITLES.get(method, method), own))
-        shown = [column for column in columns if any(column[1] in scores for _, scores in lines)]
+            lines.append((TITLES.get(method, method), own, method))
+        shown = [column for column in columns if any(column[1] in scores for _, scores, _ in lines)]
         if not shown:
             continue
         table = [
             f"| {masks_title(masks)} | " + " | ".join(heading for heading, *_ in shown) + " |",
             "|:--|" + "--:|" * len(shown),
         ]
-        for title, scores in lines:
-            cells = [f"{scores[key]:.{digits}f}" if key in scores else "" for _, key, digits in shown]
+        for title, scores, method in lines:
+            cells = [
+                f"{scores[key]:.{digits}f}{_precision(metadata, method, f'{masks}/{key}', digits)}"
+                if key in scores
+                else ""
+                for _, key, digits in shown
+            ]
             table.append(f"| {title} | " + " | ".join(cells) + " |")
         tables.append(spaced_columns("\n".join(table)))
     return tables
+
+
+def _precision(metadata: Mapping[str, Any], method: str | None, column: str, digits: int) -> str:
+    """The mark and the interval behind a mean. method: '' for this version, None for its rows by hole area, which have
+    neither."""
+    if method is None:
+        return ""
+    mark = "↓" if column in (metadata.get("worse") or {}).get(method, ()) else ""
+    interval = (metadata.get("intervals") or {}).get(column) if method == "" else None
+    return f"{mark} ({interval[0]:.{digits}f} to {interval[1]:.{digits}f})" if interval else mark
 
 
 def _samples(metadata: Mapping[str, Any], run_id: str | None) -> list[str]:

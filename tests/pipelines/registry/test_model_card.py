@@ -75,6 +75,22 @@ def test_a_card_has_data_scores_limits_and_use() -> None:
         assert line in lines
 
 
+def test_a_card_has_digests_intervals_and_marks() -> None:
+    protocol = {**METADATA["protocol"], "photographs_sha256": "a" * 64, "masks_sha256": "b" * 64}
+    extra = {
+        "protocol": protocol,
+        "intervals": {"center/psnr_rgb_hole": [17.2, 18.4], "center/ssim_gauss11_rgb": [0.75, 0.79]},
+        "worse": {"": ["center/psnr_rgb_hole"], "telea": ["center/ssim_gauss11_rgb"]},
+    }
+    baselines = {"telea": {"center/psnr_rgb_hole": 19.264, "center/ssim_gauss11_rgb": 0.7}}
+    card = version_card("fronts", METADATA | extra | {"baselines": baselines}, METRICS, "ab12")
+    assert "| **this version** | 17.77↓ (17.20 to 18.40) | 0.7693 (0.7500 to 0.7900) | 767.20 |" in card
+    assert "| Telea | 19.26 | 0.7000↓ |  |" in card
+    assert f"Digests: photographs `{'a' * 12}`, masks `{'b' * 12}`." in card
+    assert "In brackets: the 95 % interval" in card
+    assert "In brackets" not in version_card("fronts", METADATA, METRICS, "ab12"), "of an earlier release"
+
+
 def test_scores_by_band_follow_the_mean() -> None:
     bands = {f"box/{low}-{low + 10}/psnr_rgb_hole": 20 - low / 10 for low in (20, 0, 10)}
     card = version_card("x", {"model": "edge_connect"}, bands | {"box/psnr_rgb_hole": 18.0}, None)

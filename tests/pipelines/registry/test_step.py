@@ -38,6 +38,10 @@ def test_a_version_records_its_provenance(chain: PipelineOutputs) -> None:
     (grid,) = details.samples
     assert Path(grid).read_bytes().startswith(b"\x89PNG")
     assert details.protocol["masks"] == ["center"]
+    for tag, name in (("inpaint.photographs", "photographs_sha256"), ("inpaint.masks", "masks_sha256")):
+        assert details.tags[tag] == details.protocol[name][:12]
+        assert f"`{details.tags[tag]}`" in details.card
+    assert "In brackets: the 95 % interval" in details.card
     assert details.photographs == {"center": {"20-30": details.protocol["photographs"]}}
     scores = EvaluationResult.load(chain.storage.subfolder("work/v1/a1").read)
     for name, value in scores.row("one").metrics.items():
@@ -122,7 +126,7 @@ def test_every_version_and_model_has_a_card(chain: PipelineOutputs) -> None:
     assert "/VERSION" not in won
     details = show("models:/encoder/2", chain.tracking.uri)
     assert {file.path for file in client.list_artifacts(details.run_id)} == {"card.png", "samples"}
-    assert f"| **this version** | {details.metrics['center/psnr_rgb_hole']:.2f} |" in won
+    assert f"| **this version** | {details.metrics['center/psnr_rgb_hole']:.2f}" in won
     assert "this version did not become `champion`: psnr_rgb_hole" in lost
     assert details.card == won
     description = client.get_registered_model("encoder").description
