@@ -83,6 +83,7 @@ def test_the_package_contains_only_the_source_and_the_recipe(
         ({"tracking_uri": "sqlite:///mlflow.db"}, "tracking_uri = sqlite:///mlflow.db"),
         ({"masks": {"folder/of": 1, "box": 1}}, "masks = folder/of"),
         ({"evaluate": {"masks": ["center", "my/masks"]}}, "evaluate.masks = my/masks"),
+        ({"evaluate": {"masks": ["center", "thick.tar"]}}, "evaluate.masks = thick.tar"),
         ({"evaluate": {"distance": {"weights": "vgg.pt"}}}, "evaluate.distance.weights = vgg.pt"),
         (
             {"tracking_uri": "https://me:pw@mlflow.example"},
