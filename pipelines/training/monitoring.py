@@ -13,7 +13,9 @@ from contextlib import suppress
 import torch
 
 from pipelines.contracts import ProgressCallback
+from pipelines.durable.task import announce
 from pipelines.tracking.runs import CurvePoint, CurvePublisher
+from pipelines.training.curve_warnings import curve_warnings
 from pipelines.training.learner import Learner
 from pipelines.training.validation_set import ValidationSet
 
@@ -115,6 +117,7 @@ class TrainMonitor:
         self._commit: Future[None] | None = None
         self._picture: tuple[str, bytes] | None = None
         self._score = math.nan
+        self._announced: set[tuple[str, str]] = set()  # (metric, phase) of the warnings so far
 
     def record(self, step: int, means: dict[str, float]) -> None:
         """Add a point to the curves."""
@@ -127,7 +130,18 @@ class TrainMonitor:
             raise ValueError(f"validation at step {step}, but the last recorded step is {last_step}")
         self._score, picture = self.validation.evaluate(self.learner)
         values[VALIDATION_METRIC] = self._score
+        scores = self.validation.edge_scores(self.learner)
+        values.update({f"val/{name}": score for name, score in scores.items()})
+        self._announce_warnings()
         self._picture = (f"samples/step-{step:08d}.png", picture)
+
+    def _announce_warnings(self) -> None:
+        """Tell the person who follows the run what the curves say, each finding once."""
+        spans = [(phase.name, start, end) for phase, start, end in self.learner.schedule.phase_spans]
+        for warning in curve_warnings(self.points, spans):
+            if (warning.metric, warning.phase) not in self._announced:
+                announce(self.progress, f"warning: {warning.text} (see docs/troubleshooting.md)")
+                self._announced.add((warning.metric, warning.phase))
 
     @property
     def best_step(self) -> int:

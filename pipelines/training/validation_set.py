@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from data_prep.canny import canny_edges
+from data_prep.edge_scores import edge_scores
 from data_prep.manifest import load_manifest
 from data_prep.masks import fixed_masks
 from data_prep.storage import Storage
@@ -32,6 +34,8 @@ class ValidationSet:
     image: np.ndarray
     mask: np.ndarray
     edge: np.ndarray
+    sigma: float
+    """Canny's, in pixels."""
 
     @classmethod
     def load(
@@ -58,13 +62,16 @@ class ValidationSet:
         edges = [
             canny_edges(photo, sigma, mask=mask) for photo, mask in zip(photos, canny_masks, strict=True)
         ]
-        return cls(np.stack(photos), np.stack(hole_masks), np.stack(edges))
+        return cls(np.stack(photos), np.stack(hole_masks), np.stack(edges), sigma)
+
+    @cached_property
+    def true_edge(self) -> np.ndarray:
+        """Canny's edges of the whole photographs, bool [N,S,S]."""
+        return np.stack([canny_edges(photo, self.sigma) for photo in self.image])
 
     def evaluate(self, learner: Learner) -> tuple[float, bytes]:
         """Mean PSNR inside the holes in dB, and a PNG of the first few completions."""
-        image = torch.from_numpy(self.image).permute(0, 3, 1, 2).float().div(255).to(learner.device)
-        mask = torch.from_numpy(self.mask).unsqueeze(1).float().to(learner.device)
-        edge = torch.from_numpy(self.edge).unsqueeze(1).float().to(learner.device)
+        image, mask, edge = self._tensors(learner)
         with learner.ema_weights(), torch.no_grad():
             result = learner.model.complete(image, mask, edge)
         hole = mask.expand_as(image)
@@ -76,3 +83,21 @@ class ValidationSet:
                 self.image[:PREVIEW_SIZE], self.mask[:PREVIEW_SIZE], self.edge[:PREVIEW_SIZE], preview
             )
         )
+
+    def edge_scores(self, learner: Learner) -> dict[str, float]:
+        """Mean precision, recall and F1 of the edges that the model generates in the holes, by name; {} if it generates
+        none."""
+        if "edges" not in learner.model.visualizations:
+            return {}
+        with learner.ema_weights(), torch.no_grad():
+            drawn = learner.model.predict_edges(*self._tensors(learner))[:, 0].float().cpu().numpy()
+        scores = [edge_scores(*arrays) for arrays in zip(drawn, self.true_edge, self.mask, strict=True)]
+        with_hole = [photo for photo in scores if photo]
+        return {name: float(np.mean([photo[name] for photo in with_hole])) for name in (with_hole or [{}])[0]}
+
+    def _tensors(self, learner: Learner) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Photographs [N,3,S,S] in [0,1], masks and edges [N,1,S,S], on the learner's device."""
+        image = torch.from_numpy(self.image).permute(0, 3, 1, 2).float().div(255).to(learner.device)
+        mask = torch.from_numpy(self.mask).unsqueeze(1).float().to(learner.device)
+        edge = torch.from_numpy(self.edge).unsqueeze(1).float().to(learner.device)
+        return image, mask, edge

@@ -37,8 +37,8 @@ class RecordingPublisher:
 
 
 def make_monitor(publisher: Any, points: list[CurvePoint] | None = None) -> TrainMonitor:
-    learner: Any = SimpleNamespace(phase=None)
-    validation: Any = SimpleNamespace()
+    learner: Any = SimpleNamespace(phase=None, schedule=SimpleNamespace(phase_spans=()))
+    validation: Any = SimpleNamespace(edge_scores=lambda _: {})
     monitor = TrainMonitor(learner, points or [], validation, publisher, None)
     validation.evaluate = lambda _: (SCORES[monitor.points[-1][0]], b"\x89PNG")
     return monitor
@@ -154,6 +154,33 @@ def test_the_best_step_ignores_nan() -> None:
         == 20
     )
     assert best_step([(10, {VALIDATION_METRIC: math.nan}), (20, {})]) == 0
+
+
+def test_edge_scores_are_in_the_curves_and_findings_are_announced_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(monitoring, "announce", lambda progress, text: told.append(text))
+    monitor = make_monitor(None)
+    monitor.learner.schedule = SimpleNamespace(phase_spans=((SimpleNamespace(name="edge"), 0, 1000),))
+    monitor.validation.evaluate = lambda _: (9.0, b"")
+    monitor.validation.edge_scores = lambda _: {"edge_f1_1px": 0.0, "edge_recall": 0.0}
+    for step in range(10, 110, 10):
+        monitor.record(step, {"loss/D1": 0.001})
+        monitor.validate(step)
+    assert monitor.points[0][1] == {
+        "loss/D1": 0.001,
+        VALIDATION_METRIC: 9.0,
+        "val/edge_f1_1px": 0.0,
+        "val/edge_recall": 0.0,
+    }
+    assert len(told) == 2
+    assert told[0].startswith(
+        "warning: phase edge: the generated edges stand still: F1 within one pixel 0.000 at step 60"
+    )
+    assert told[1].startswith(
+        "warning: phase edge: the discriminator has won: the loss D1 is at most 0.001 from step 10"
+    )
 
 
 class RayTrain:
