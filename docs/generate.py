@@ -23,7 +23,7 @@ from pydantic_core import PydanticUndefined
 from data_prep.mask_shapes import MASK_GENERATORS
 from data_prep.masks import FolderMasks
 from models import list_models, model_class, options_class
-from pipelines.evaluation.metrics import METRIC_DEFINITIONS
+from pipelines.evaluation.metrics import METRIC_DEFINITIONS, OPTIONAL_DEFINITIONS, SET_DEFINITIONS
 from pipelines.recipe import schema, sections, sweep
 
 DOCS = Path(__file__).parent
@@ -37,6 +37,8 @@ SECTIONS = {
     "models": sections.ModelConfig,
     "evaluate": sections.EvaluationConfig,
     "evaluate.distance": sections.DistanceConfig,
+    "evaluate.features": sections.FeatureWeights,
+    "evaluate.features.NETWORK": sections.WeightsFile,
     "sweep": sweep.Sweep,
     "sweep.fields": sweep.Domain,
     "sweep.budget": sweep.Budget,
@@ -83,11 +85,16 @@ def recipes() -> str:
 
 def evaluation() -> str:
     """evaluation.md with the table of metrics renewed."""
-    rows = [(f"`{name}`", definition) for name, definition in METRIC_DEFINITIONS.items()]
-    new = f"<!-- metrics -->\n\n{table(('metric', 'definition'), rows)}\n<!-- end -->"
-    return re.sub(
-        r"<!-- metrics -->.*?<!-- end -->", lambda _: new, _read(DOCS / "evaluation.md"), flags=re.DOTALL
-    )
+    text = _read(DOCS / "evaluation.md")
+    for name, definitions in (
+        ("metrics", METRIC_DEFINITIONS),
+        ("optional metrics", OPTIONAL_DEFINITIONS),
+        ("metrics of sets", SET_DEFINITIONS),
+    ):
+        rows = [(f"`{metric}`", definition) for metric, definition in definitions.items()]
+        new = f"<!-- {name} -->\n\n{table(('metric', 'definition'), rows)}\n<!-- end -->"
+        text = re.sub(rf"<!-- {name} -->.*?<!-- end -->", lambda _, new=new: new, text, flags=re.DOTALL)  # type: ignore[misc]
+    return text
 
 
 def field_table(section: type[BaseModel]) -> str:

@@ -6,7 +6,6 @@ They are rebuilt from layer tables, with the parameter names of the published fi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,29 +19,6 @@ INCEPTION_SIZE = 299
 """Side in pixels of the pictures that Inception sees."""
 
 
-@dataclass(frozen=True)
-class PublishedWeights:
-    """The file with a network's published weights."""
-
-    url: str
-    sha256: str
-
-
-PUBLISHED_WEIGHTS = {
-    "alexnet": PublishedWeights(
-        "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-        "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
-    ),
-    "vgg16": PublishedWeights(
-        "https://download.pytorch.org/models/vgg16-397923af.pth",
-        "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
-    ),
-    "inception": PublishedWeights(
-        "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-        "pt_inception-2015-12-05-6726825d.pth",
-        "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
-    ),
-}
 LPIPS_LAYERS = {  # Zhang et al. 2018, section 3: the outputs of the ReLUs that feed LPIPS's heads
     "alexnet": ("relu1", "relu2", "relu3", "relu4", "relu5"),
     "vgg16": ("relu1_2", "relu2_2", "relu3_3", "relu4_3", "relu5_3"),

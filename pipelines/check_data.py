@@ -14,6 +14,7 @@ from data_prep.sources import open_source
 from data_prep.storage import open_storage
 from pipelines.contracts import ShardOutputs
 from pipelines.downloads import is_local
+from pipelines.evaluation.metrics import DISTANCE_METRICS, INCEPTION_METRICS
 from pipelines.recipe import EvaluationConfig, Recipe
 
 CANDIDATE_FRACTIONS = [round(0.01 * n, 2) for n in range(1, 100)]  # of a split, tried for a suggestion
@@ -72,13 +73,18 @@ class SplitCheck:
             )
         if self.with_sweep and recipe.sweep:
             reason = explain_too_few_samples(recipe.evaluate, splits[recipe.sweep.split], recipe.sweep.split)
-            metrics = [metric for metric in recipe.sweep.metrics if metric in ("fd", "kid")]
+            metrics = [metric for metric in recipe.sweep.metrics if metric in DISTANCE_METRICS]
             if reason and metrics:
                 raise ValueError(f"sweep.metrics: {metrics[0]} cannot be computed here: {reason}")
+            too_few = too_few_for_inception(recipe.evaluate, splits[recipe.sweep.split])
+            for metric in set(too_few) & set(recipe.sweep.metrics):
+                raise ValueError(f"sweep.metrics: {metric} cannot be computed here: {too_few[metric]}")
         if self.with_evaluation:
             split = recipe.evaluate.split
             if reason := explain_too_few_samples(recipe.evaluate, splits[split], split):
                 yield f"there will be no fd and no kid: {reason}"
+            for metric, text in too_few_for_inception(recipe.evaluate, splits[split]).items():
+                yield f"there will be no {metric}: {text}"
 
     def suggest_fractions(self, outputs: ShardOutputs) -> str:
         """Fractions that give every required split a photograph, as --set options; or that there are none."""
@@ -118,6 +124,20 @@ def _format_settings(new: Mapping[str, float], current: Mapping[str, float]) -> 
     return " ".join(
         f"--set data.{split}={value:g}" for split, value in new.items() if value != current[split]
     )
+
+
+def too_few_for_inception(evaluation: EvaluationConfig, photographs: int) -> dict[str, str]:
+    """Metric on FID's Inception v3 -> why so many photographs are too few for it; {} without weights for that network."""
+    if evaluation.features is None or evaluation.features.inception is None:
+        return {}
+    from pipelines.evaluation.feature_scores import min_photographs
+
+    scored = photographs if evaluation.max_photos is None else min(photographs, evaluation.max_photos)
+    return {
+        metric: f"{scored} photographs are scored, and it takes {min_photographs(metric)}"
+        for metric in INCEPTION_METRICS
+        if scored < min_photographs(metric)
+    }
 
 
 def explain_too_few_samples(evaluation: EvaluationConfig, photographs: int, split: str) -> str:

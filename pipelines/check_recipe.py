@@ -9,7 +9,7 @@ from typing import Any
 
 from pipelines.downloads import is_local, with_local_weights
 from pipelines.names import did_you_mean
-from pipelines.recipe import Recipe
+from pipelines.recipe import FeatureWeights, Recipe
 from pipelines.recipe.load import RecipeError
 
 
@@ -27,7 +27,8 @@ def check_recipe(recipe: Recipe, allow_downloads: bool = True) -> None:
     for spec in _check("evaluate", make_mask_specs, recipe.evaluate.masks, recipe.evaluate.hole):
         _check("evaluate.masks", check_mask_spec, spec, size)
     _check("evaluate.masks", _check_frozen_counts, recipe)
-    check_metric("evaluate.metric", recipe.evaluate.metric, size)
+    _check_features(recipe, allow_downloads)
+    check_metric("evaluate.metric", recipe.evaluate.metric, size, features=recipe.evaluate.features)
     distance = recipe.evaluate.distance
     if distance is not None and (
         allow_downloads or not distance.weights or is_local(distance.weights, distance.sha256)
@@ -51,23 +52,58 @@ def _check_frozen_counts(recipe: Recipe) -> None:
             )
 
 
-def check_metric(field: str, metric: str, size: int, set_metrics: Sequence[str] = ()) -> None:
+def _check_features(recipe: Recipe, allow_downloads: bool) -> None:
+    """Load the networks of evaluate.features; without `allow_downloads` those whose weights are on this machine."""
+    from pipelines.evaluation.feature_scores import FeatureScorer
+
+    networks = recipe.evaluate.features.networks if recipe.evaluate.features else {}
+    local = {
+        name: file
+        for name, file in networks.items()
+        if allow_downloads or is_local(file.weights, file.sha256)
+    }
+    _check("evaluate", FeatureScorer(FeatureWeights(**local)).check)
+
+
+def check_metric(
+    field: str,
+    metric: str,
+    size: int,
+    set_metrics: Sequence[str] = (),
+    features: FeatureWeights | None = None,
+) -> None:
     """Raise RecipeError if `metric` is unknown or cannot be computed on photographs of `size` pixels.
 
-    `set_metrics`: names of metrics of the whole set of photographs, which are allowed too.
+    `set_metrics`: names of metrics of the whole set of photographs, which are allowed too. `features`: the weights of
+    the networks of LPIPS.
     """
     import numpy as np
 
-    from pipelines.evaluation.metrics import METRIC_DEFINITIONS, image_metrics
+    from models.published_weights import PUBLISHED_WEIGHTS
+    from pipelines.evaluation.metrics import (
+        FEATURE_NETWORKS,
+        LPIPS_METRICS,
+        METRIC_DEFINITIONS,
+        image_metrics,
+    )
 
-    known = [*METRIC_DEFINITIONS, *set_metrics]
+    networks = features.networks if features else {}
+    if metric in LPIPS_METRICS or metric in set_metrics:
+        network = FEATURE_NETWORKS.get(metric)
+        if network and network not in networks:
+            raise RecipeError(
+                f"{field}: {metric} needs the weights of {PUBLISHED_WEIGHTS[network].title}: name their file in "
+                f"evaluate.features.{network}"
+            )
+        return
+    known = [*METRIC_DEFINITIONS, *(m for m in LPIPS_METRICS if LPIPS_METRICS[m] in networks), *set_metrics]
     if metric not in known:
         raise RecipeError(f"{field}: no {metric!r} among {', '.join(known)}{did_you_mean(metric, known)}")
     side = min(size, 64)  # larger than the window of any metric
     mask = np.zeros((side, side), np.uint8)
     mask[side // 4 : -side // 4, side // 4 : -side // 4] = 1
     truth = np.full((side, side, 3), 128, np.uint8)
-    if metric not in set_metrics and metric not in image_metrics(truth, truth, mask):
+    if metric not in image_metrics(truth, truth, mask):
         raise RecipeError(f"{field}: photographs of {size} px (data.size) are too small for {metric}")
 
 

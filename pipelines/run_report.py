@@ -16,9 +16,16 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
-from pipelines.evaluation.metrics import METRIC_DEFINITIONS
+from pipelines.evaluation.metrics import (
+    EDGE_COLUMNS,
+    FEATURE_COLUMNS,
+    METRIC_COLUMNS,
+    METRIC_DEFINITIONS,
+    OPTIONAL_DEFINITIONS,
+    SET_DEFINITIONS,
+)
 from pipelines.evaluation.results import EvaluationResult
-from pipelines.evaluation.tables import METRIC_COLUMNS, band_tables, main_tables
+from pipelines.evaluation.tables import band_tables, edge_tables, feature_tables, main_tables
 from pipelines.plots.images import Grid, encode_png
 from pipelines.plots.svg import Points, StepNode, curve_svg, format_duration, graph_svg
 
@@ -33,6 +40,8 @@ class TrainingCurves:
     """(first step, name) of each phase."""
     url: str = ""
     """Page of the training run in MLflow, or ''."""
+    warnings: Sequence[str] = ()
+    """What the curves say that needs attention."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +101,10 @@ def report_html(data: ReportData) -> str:
     return _template().render(
         data=data,
         tables=main_tables(evaluation) if evaluation else [],
+        feature_tables=feature_tables(evaluation) if evaluation else [],
+        edge_tables=edge_tables(evaluation) if evaluation else [],
         band_tables=band_tables(evaluation) if evaluation else [],
-        definitions=_definitions() if evaluation else {},
+        definitions=_definitions(evaluation) if evaluation else {},
         protocol=_flatten(evaluation.protocol.to_dict()) if evaluation else {},
         distances=_distance_rows(evaluation) if evaluation else [],
         grids=[_grid_context(grid) for grid in grids],
@@ -169,8 +180,13 @@ def curve_groups(curves: TrainingCurves) -> tuple[list[CurveGroup], list[str]]:
     return groups, not_drawn
 
 
-def _definitions() -> dict[str, str]:
-    return {heading: METRIC_DEFINITIONS[metric] for heading, metric, *_ in METRIC_COLUMNS}
+def _definitions(evaluation: EvaluationResult) -> dict[str, str]:
+    """Heading -> definition, of the columns that the tables have."""
+    definitions = METRIC_DEFINITIONS | OPTIONAL_DEFINITIONS | SET_DEFINITIONS
+    tables = [*feature_tables(evaluation), *edge_tables(evaluation)]
+    shown = {heading for table in tables for heading in table.headings}
+    columns = [*METRIC_COLUMNS, *(c for c in (*FEATURE_COLUMNS, *EDGE_COLUMNS) if c[0] in shown)]
+    return {heading: definitions[metric] for heading, metric, _ in columns}
 
 
 def _distance_rows(evaluation: EvaluationResult) -> list[dict[str, Any]]:

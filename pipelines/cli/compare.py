@@ -13,12 +13,12 @@ from pipelines.contracts import ProgressCallback
 from pipelines.evaluation.comparison import INTERVAL_NOTE, PairedDifference, compare_methods
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.methods import InpaintingMethod
+from pipelines.evaluation.metrics import FEATURE_COLUMNS, METRIC_COLUMNS
 from pipelines.evaluation.photographs import load_photographs
 from pipelines.evaluation.protocol import Protocol
 from pipelines.evaluation.results import EvaluationResult, masks_title
-from pipelines.evaluation.tables import METRIC_COLUMNS
 from pipelines.plots.images import encode_png, sample_grid
-from pipelines.recipe import EvaluationConfig
+from pipelines.recipe import EvaluationConfig, FeatureWeights
 from pipelines.registry.client import find_folder, find_version, registry_client
 from pipelines.registry.load import load_model
 from pipelines.registry.loaded_model import LoadedModelMethod, largest_training_size
@@ -38,7 +38,9 @@ class Comparison:
     differences: tuple[PairedDifference, ...]
     """b minus a, for each mask set, band and metric."""
     distances: dict[str, dict[str, dict[str, Any]]]
-    """mask set -> model -> feature distances (FD, KID) over all photographs."""
+    """mask set -> model -> feature distances (FD, KD) over all photographs."""
+    set_scores: dict[str, dict[str, dict[str, Any]]]
+    """mask set -> model -> FID, KID, P-IDS and U-IDS, or why there are none; {}: without weights for Inception."""
     picture: str | None
     """Path of the image with both models side by side."""
     text: str
@@ -63,15 +65,16 @@ def compare_models(
     grid_rows: int = 6,
     out: Path | None = None,
     hole: Sequence[str] | None = None,
+    features: FeatureWeights | None = None,
     tracking_uri: str | None = None,
     on_masks: FolderProgressCallback | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> Comparison:
     """Score two models, versions or checkpoint folders, on the same photographs and masks.
 
-    `hole`: the values of the hole in mask folders. `on_masks` is called while mask folders are read, `on_progress`
-    while photographs are scored. ValueError in one line: no such model, both the same, no photographs, or a hole that
-    one of the models cannot complete.
+    `hole`: the values of the hole in mask folders. `features`: weights for LPIPS, FID and so on. `on_masks` is called
+    while mask folders are read, `on_progress` while photographs are scored. ValueError in one line: no such model, both
+    the same, no photographs, or a hole that one of the models cannot complete.
     """
     check_masks(masks, hole, on_masks)
     keys = [_model_key(model, tracking_uri) for model in (a, b)]
@@ -85,7 +88,9 @@ def compare_models(
     size = resolve_size(size, masks, largest_training_size(models.values()))
     photos = load_photographs(images, size, max_photos)
     methods: dict[str, InpaintingMethod] = {key: LoadedModelMethod(model) for key, model in models.items()}
-    config = EvaluationConfig(masks=masks, max_photos=None, seed=seed, grid_rows=grid_rows, hole=hole)
+    config = EvaluationConfig(
+        masks=masks, max_photos=None, seed=seed, grid_rows=grid_rows, hole=hole, features=features
+    )
     evaluation = evaluate(methods, photos, config, progress=on_progress)
     differences = compare_methods(evaluation, key_a, key_b)
     if out:
@@ -102,6 +107,7 @@ def compare_models(
         protocol=evaluation.protocol,
         differences=tuple(differences),
         distances=evaluation.distances,
+        set_scores=evaluation.set_scores,
         picture=str(out) if out else None,
         text=f"{text}\nside by side: {out}" if out else text,
     )
@@ -139,18 +145,33 @@ def format_comparison(evaluation: EvaluationResult, rows: Sequence[PairedDiffere
             )
         elif reason := next((entry["reason"] for entry in distances if "reason" in entry), ""):
             lines.append(f"no Frechet distance: {reason}")
+        lines += _set_score_lines(evaluation, masks, a, b)
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _set_score_lines(evaluation: EvaluationResult, masks: str, a: str, b: str) -> list[str]:
+    """FID, KID, P-IDS and U-IDS of both models, one line each, or why there is none."""
+    scores_a, scores_b = (evaluation.set_scores.get(masks, {}).get(method, {}) for method in (a, b))
+    lines = []
+    for heading, metric, digits in FEATURE_COLUMNS if scores_a and scores_b else ():
+        if metric in scores_a and metric in scores_b:
+            values = f"A {scores_a[metric]:.{digits}f}, B {scores_b[metric]:.{digits}f}"
+            lines.append(f"{heading}: {values} (over all photographs, not paired)")
+        elif reason := scores_a["reasons"].get(metric) or scores_b["reasons"].get(metric):
+            lines.append(f"no {heading.removesuffix(' %')}: {reason}")
+    return lines
 
 
 def _table_rows(rows: Sequence[PairedDifference]) -> list[tuple[PairedDifference, str, int]]:
     """(row, heading, decimals) of the main table's metrics by band; without total variation, which has no better."""
+    columns = (*METRIC_COLUMNS, *FEATURE_COLUMNS)
     column_index = {
-        metric: index for index, (_, metric, _) in enumerate(METRIC_COLUMNS) if not metric.startswith("tv")
+        metric: index for index, (_, metric, _) in enumerate(columns) if not metric.startswith("tv")
     }
     bands = list(dict.fromkeys(row.band for row in rows))
     table_rows = [row for row in rows if row.metric in column_index]
     table_rows.sort(key=lambda row: (bands.index(row.band), column_index[row.metric]))
     return [
-        (row, METRIC_COLUMNS[column_index[row.metric]][0], METRIC_COLUMNS[column_index[row.metric]][2])
+        (row, columns[column_index[row.metric]][0], columns[column_index[row.metric]][2])
         for row in table_rows
     ]

@@ -22,10 +22,12 @@ from pipelines.cli.arguments import (
     registry_address,
     seed_int,
 )
+from pipelines.cli.features_option import add_features_argument, feature_weights
 from pipelines.cli.predictions import add_prediction_arguments
 
 if TYPE_CHECKING:
     from pipelines.evaluation.results import EvaluationResult
+    from pipelines.recipe import FeatureWeights
 
 
 def add_evaluate(add: AddCommand) -> None:
@@ -64,6 +66,7 @@ def add_evaluate(add: AddCommand) -> None:
         default="test",
         help="split of a shard folder (%(default)s)",
     )
+    add_features_argument(evaluate)
     evaluate.add_argument(
         "--grid-rows", type=positive_int, default=6, help="rows of the sample grid (%(default)s)"
     )
@@ -120,6 +123,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
     if args.out:
         check_writable_folder(args.out, "--out")
     check_photo_source(args.images, "--images")
+    features = feature_weights(args.features)
     if args.export:
         predictions.export(args)
         return 0
@@ -138,6 +142,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
         out=Path(args.out),
         hole=args.hole,
         predictions_of=args.predictions,
+        features=features,
     )
     return 0
 
@@ -157,14 +162,15 @@ def score_models(
     out: Path | None = None,
     hole: Sequence[str] | None = None,
     predictions_of: Sequence[str] = (),
+    features: FeatureWeights | None = None,
 ) -> EvaluationResult:
     """Score models, the pictures of the folders `predictions_of`, and with `with_baselines` the classical methods; print
     the table.
 
     With `out`, also write table.md, report.html and the sample grids. Photographs are cropped to squares of `size`
     pixels (None: that of a frozen mask set, else the largest training size of the models); of a shard folder, `split`
-    is read. `hole`: the values of the hole in mask folders, which are checked before anything else. Unreadable
-    photographs are listed and skipped.
+    is read. `hole`: the values of the hole in mask folders, which are checked before anything else. `features`: weights
+    for LPIPS, FID and so on, which are checked too. Unreadable photographs are listed and skipped.
     ValueError in one line: no such model, no photographs.
     """
     from pipelines import registry
@@ -172,6 +178,7 @@ def score_models(
     from pipelines.cli.progress import mask_reading_display, scoring_display
     from pipelines.errors import doing
     from pipelines.evaluation.evaluate import evaluate as run_evaluation
+    from pipelines.evaluation.feature_scores import make_scorer
     from pipelines.evaluation.methods import InpaintingMethod, baseline_methods
     from pipelines.evaluation.photographs import load_photographs
     from pipelines.evaluation.tables import table_markdown, table_text
@@ -184,6 +191,9 @@ def score_models(
 
     with mask_reading_display() as on_masks:
         check_masks(masks, hole, on_masks)
+    if scorer := make_scorer(features):
+        with doing("reading --features"):
+            scorer.check()
     methods: dict[str, InpaintingMethod] = baseline_methods() if with_baselines else {}
     models = {}
     for uri in uris:
@@ -192,7 +202,9 @@ def score_models(
     size = predictions.resolve_size(size, masks, largest_training_size(models.values()) if models else None)
     methods |= {key: LoadedModelMethod(model) for key, model in models.items()}
     photos = load_photographs(images, size, max_photos, split)
-    config = EvaluationConfig(masks=masks, max_photos=None, seed=seed, grid_rows=grid_rows, hole=hole)
+    config = EvaluationConfig(
+        masks=masks, max_photos=None, seed=seed, grid_rows=grid_rows, hole=hole, features=features
+    )
     opened = predictions.open_all(predictions_of, photos, config, methods)
     methods |= opened
     with scoring_display() as on_progress:

@@ -12,6 +12,7 @@ from typing import Any
 
 from data_prep.uris import redact_uri
 from pipelines.cli.arguments import HOLE_HELP, MODEL_HELP, AddCommand, positive_int, seed_int
+from pipelines.cli.features_option import add_features_argument, feature_weights
 
 VERSION_METAVAR = "NAME[@ALIAS|/VERSION]"
 PHOTOS_HELP = "photo folder, shard folder or bundled"
@@ -42,7 +43,9 @@ def add_models(add: AddCommand) -> None:
     )
     best.add_argument("model", metavar="NAME")
     best.add_argument(
-        "--metric", default="psnr", help="psnr, ssim, l1, l2, fd, kid, or a full name (%(default)s)"
+        "--metric",
+        default="psnr",
+        help="psnr, ssim, l1, l2, fd, kd, lpips, fid, or a full name (%(default)s)",
     )
     best.add_argument(
         "--band", metavar="LO-HI", help="band of hole area in percent, such as 20-30 (default: all)"
@@ -70,6 +73,7 @@ def add_models(add: AddCommand) -> None:
         type=positive_int,
         help="side in pixels of the square crops (default: the models' training size)",
     )
+    add_features_argument(compare)
     compare.add_argument("--grid-rows", type=positive_int, default=6, help="rows of the image (%(default)s)")
     compare.add_argument("--out", metavar="FILE", help="image of A and B side by side (PNG)")
 
@@ -197,6 +201,7 @@ def _compare(args: argparse.Namespace, uri: str) -> Answer:
             grid_rows=args.grid_rows,
             out=Path(args.out) if args.out else None,
             hole=args.hole,
+            features=feature_weights(args.features),
             tracking_uri=uri,
             on_masks=on_masks,
             on_progress=on_progress,

@@ -101,7 +101,10 @@ def run_report_data(
     }
     return ReportData(
         title=f"inpaint: {recipe.name}",
-        summary=verdict_sentences(evaluation, recipe.evaluate.metric, versions),
+        summary=[
+            *verdict_sentences(evaluation, recipe.evaluate.metric, versions),
+            *(f"Warning, {step}: {text}." for step, model in curves.items() for text in model.warnings),
+        ],
         facts=head_facts(recipe, workflow, manifest, tracking, experiment, steps, ended),
         recipe=recipe.to_yaml(),
         evaluation=evaluation,
@@ -196,8 +199,9 @@ def find_experiment(tracking: Tracking, run_ids: Sequence[str]) -> str:
 
 
 def load_curves(storage: Storage, trained: TrainOutputs, url: str = "") -> TrainingCurves:
-    """The stored curves of a training run, one line per metric. `url`: the run's page in MLflow."""
+    """The stored curves of a training run, one line per metric, and what is found in them. `url`: its page in MLflow."""
     from pipelines.run_report import TrainingCurves
+    from pipelines.training.curve_warnings import curve_warnings
     from pipelines.training.curves import read_curves
 
     curves = read_curves(storage, trained.weights)
@@ -206,7 +210,8 @@ def load_curves(storage: Storage, trained: TrainOutputs, url: str = "") -> Train
         for name, number in values.items():
             lines.setdefault(name, []).append((step, number))
     phases = [(start, name) for name, start, end in curves.phases if end > start]
-    return TrainingCurves(lines, phases, url)
+    warnings = [warning.text for warning in curve_warnings(curves.points, curves.phases)]
+    return TrainingCurves(lines, phases, url, warnings)
 
 
 def photograph_notes(workflow: Workflow) -> list[str]:

@@ -122,11 +122,12 @@ def _format_pairs(values: Mapping[str, Any] | None) -> str:
 
 def format_scores(metrics: Mapping[str, float], photographs: Mapping[str, Mapping[str, int]]) -> list[str]:
     """One row per mask set and band; the metrics of the main table and the feature distances as columns."""
-    from pipelines.evaluation.metrics import METRIC_COLUMNS
+    from pipelines.evaluation.metrics import ALL_COLUMNS, SUMMARY_METRICS
     from pipelines.registry.searching import split_column
 
-    columns = {metric: (heading, digits) for heading, metric, digits in METRIC_COLUMNS}
-    columns |= {"fd": ("FD", 2), "kid": ("KID", 4)}
+    columns = {
+        metric: (heading, digits) for heading, metric, digits in ALL_COLUMNS if metric in SUMMARY_METRICS
+    }
     scores: dict[tuple[str, str], dict[str, float]] = {}
     for column, value in metrics.items():
         masks, band, metric = split_column(column)

@@ -11,9 +11,8 @@ import numpy as np
 
 from data_prep.masks import HOLE_AREA_BANDS
 from pipelines.evaluation.intervals import BOOTSTRAP_RESAMPLES, CONFIDENCE_LEVEL, MIN_PAIRS, bca_intervals
-from pipelines.evaluation.metrics import higher_is_better
+from pipelines.evaluation.metrics import ALL_COLUMNS, higher_is_better
 from pipelines.evaluation.results import EvaluationResult
-from pipelines.evaluation.tables import METRIC_COLUMNS
 
 INTERVAL_NOTE = (
     f"{CONFIDENCE_LEVEL * 100:.0f} % intervals of the mean paired difference: BCa bootstrap over photographs, "
@@ -152,4 +151,4 @@ def bca_interval(
 
 def _digits(metric: str) -> int:
     """Decimals of the metric in the tables."""
-    return next((digits for _, name, digits in METRIC_COLUMNS if name == metric), 3)
+    return next((digits for _, name, digits in ALL_COLUMNS if name == metric), 3)

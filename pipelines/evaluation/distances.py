@@ -12,6 +12,7 @@ import torch
 
 from models.features import FeatureStack, load_feature_stack
 from pipelines.downloads import download
+from pipelines.evaluation.metrics import UNFINISHED
 from pipelines.recipe import DistanceConfig
 
 DEFAULT_LAYERS = {"efficientnet_lite0": "stage5", "vgg19": "relu3_1"}
@@ -114,7 +115,7 @@ def distance_metrics(distance: DistanceConfig, real: np.ndarray, fake: np.ndarra
     """
     entry: dict[str, Any] = {"name": distance_name(distance), "n": len(real), "d": real.shape[1]}
     if fake is None:
-        return {**entry, "reason": "not every photograph was completed"}
+        return {**entry, "reason": UNFINISHED}
     try:
         kid, spread = kernel_distance(real, fake)
         return {**entry, "fd": frechet_distance(real, fake), "kid": kid, "kid_std": spread}
@@ -122,13 +123,13 @@ def distance_metrics(distance: DistanceConfig, real: np.ndarray, fake: np.ndarra
         return {**entry, "reason": str(error)}
 
 
-def frechet_distance(real: np.ndarray, fake: np.ndarray) -> float:
+def frechet_distance(real: np.ndarray, fake: np.ndarray, least: int | None = None) -> float:
     """Frechet distance of two samples of features [n,d] under the Gaussian assumption; never negative or complex.
 
     Only on Inception features with their standard weights is it called FID; with others, name the layer. Raises
-    ValueError if n < 2d: the covariance of fewer samples depends more on n than on the images.
+    ValueError if n < least (default: 2d, as the covariance of fewer samples depends more on n than on the images).
     """
-    real, fake = _check_samples(real, fake)
+    real, fake = _check_samples(real, fake, least)
     return gaussian_frechet_distance(
         real.mean(0), np.cov(real, rowvar=False), fake.mean(0), np.cov(fake, rowvar=False)
     )
@@ -151,15 +152,20 @@ def gaussian_frechet_distance(
 
 
 def kernel_distance(
-    real: np.ndarray, fake: np.ndarray, subset_size: int | None = None, subset_count: int = 100, seed: int = 0
+    real: np.ndarray,
+    fake: np.ndarray,
+    subset_size: int | None = None,
+    subset_count: int = 100,
+    seed: int = 0,
+    least: int | None = None,
 ) -> tuple[float, float]:
     """KID: (mean, standard deviation) over subsets of the unbiased squared MMD with kernel (x.y / d + 1)^3.
 
     real and fake are features [n,d]; each subset samples `subset_size` of both without replacement (default: half of
-    them, at most 1000; Binkowski et al. 2018). Unbiased, so it may be slightly negative. Raises ValueError if n < 2d,
-    like the Frechet distance.
+    them, at most 1000; Binkowski et al. 2018). Unbiased, so it may be slightly negative. Raises ValueError if n <
+    least (default: 2d).
     """
-    real, fake = _check_samples(real, fake)
+    real, fake = _check_samples(real, fake, least)
     n = min(len(real), len(fake))
     size = min(n, subset_size or min(1000, max(2, n // 2)))
     rng = np.random.default_rng(seed)
@@ -188,14 +194,18 @@ def min_samples(dimensions: int) -> int:
     return 2 * dimensions
 
 
-def _check_samples(real: np.ndarray, fake: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _check_samples(
+    real: np.ndarray, fake: np.ndarray, least: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     real, fake = np.asarray(real, dtype=np.float64), np.asarray(fake, dtype=np.float64)
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]:
         raise ValueError(
             f"features {list(real.shape)} and {list(fake.shape)}: give two arrays [n,d] of the same d"
         )
     n, dimensions = min(len(real), len(fake)), real.shape[1]
-    if n < min_samples(dimensions):
+    if n < (min_samples(dimensions) if least is None else least):
+        if least is not None:
+            raise ValueError(f"{n} photograph{'s are' if n != 1 else ' is'} too few (at least {least})")
         raise ValueError(
             f"{n} samples are too few for {dimensions} dimensions (at least {min_samples(dimensions)}): "
             "use more photographs or crops, or a layer with fewer channels"

@@ -22,8 +22,9 @@ from data_prep.masks import fixed_masks, make_mask_specs
 from pipelines.contracts import ProgressCallback
 from pipelines.evaluation.batches import BatchScores, EvalBatch, ScoringConfig, score_batch
 from pipelines.evaluation.distances import CropFeatureExtractor, FeatureExtractor, crop_size, distance_metrics
+from pipelines.evaluation.feature_scores import FeatureScorer, inception_scores, make_scorer
 from pipelines.evaluation.methods import InpaintingMethod
-from pipelines.evaluation.metrics import METRIC_DEFINITIONS
+from pipelines.evaluation.metrics import METRIC_DEFINITIONS, OPTIONAL_DEFINITIONS
 from pipelines.evaluation.protocol import Protocol
 from pipelines.evaluation.results import EvaluationResult, ScoreTable
 from pipelines.recipe import EvaluationConfig
@@ -70,6 +71,9 @@ def evaluate(
     ValueError without photographs or methods, or if config.hole is not a pixel value; FileNotFoundError if the
     feature weights are missing.
     """
+    scorer = make_scorer(config.features)
+    if scorer:
+        scorer.check()
     # contiguous, as in another process: the order of a sum, and so its last bit, depends on the memory layout
     photographs = [(name, np.ascontiguousarray(image)) for name, image in islice(photos, config.max_photos)]
     if not photographs or not methods:
@@ -88,12 +92,12 @@ def evaluate(
         batch_masks = {mask_set: tuple(set_masks[indices]) for mask_set, set_masks in masks.items()}
         names = tuple(name for name, _ in photographs[indices])
         batches.append(EvalBatch(start, tuple(images[indices]), batch_masks, grid_indices, names))
-    scoring = ScoringConfig(config.sigma, feature_extractor, truth_features is None)
+    scoring = ScoringConfig(config.sigma, feature_extractor, truth_features is None, scorer)
     batch_scores = list(
         run_batches(methods, batches, scoring, progress or (lambda done, total, note="": None))
     )
     true_edges = [name for name, method in methods.items() if getattr(method, "uses_true_edges", False)]
-    protocol = _make_protocol(config, photographs, masks, feature_extractor, true_edges)
+    protocol = _make_protocol(config, photographs, masks, feature_extractor, true_edges, scorer)
     return _merge_batches(
         tuple(methods), tuple(name for name, _ in photographs), batch_scores, protocol, config, truth_features
     )
@@ -152,7 +156,8 @@ def _merge_batches(
         for method in methods:
             scores = [score for batch in batches for score in batch.scores[mask_set, method]]
             photo_scores = [{} if isinstance(score, str) else score for score in scores]
-            metrics = [name for name in METRIC_DEFINITIONS if any(name in score for score in photo_scores)]
+            known_metrics = (*METRIC_DEFINITIONS, *OPTIONAL_DEFINITIONS)
+            metrics = [name for name in known_metrics if any(name in score for score in photo_scores)]
             values[mask_set][method] = {name: [score.get(name) for score in photo_scores] for name in metrics}
             failed = {i: score for i, score in enumerate(scores) if isinstance(score, str)}
             if failed:
@@ -178,14 +183,28 @@ def _merge_batches(
         distances = {
             mask_set: {
                 name: distance_metrics(
-                    config.distance, truth_features, _concatenate_features(batches, mask_set, name)
+                    config.distance,
+                    truth_features,
+                    _concatenate([batch.features for batch in batches], mask_set, name),
+                )
+                for name in methods
+            }
+            for mask_set in bands
+        }
+    set_scores = {}
+    if ("", "") in batches[0].inception:
+        real = np.concatenate([batch.inception["", ""] for batch in batches])
+        set_scores = {
+            mask_set: {
+                name: inception_scores(
+                    real, _concatenate([batch.inception for batch in batches], mask_set, name)
                 )
                 for name in methods
             }
             for mask_set in bands
         }
     return EvaluationResult(
-        methods, names, bands, values, failures, distances, truth, protocol, samples, pictures
+        methods, names, bands, values, failures, distances, truth, protocol, samples, pictures, set_scores
     )
 
 
@@ -194,8 +213,11 @@ def safe_file_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "-", name)
 
 
-def _concatenate_features(batches: Sequence[BatchScores], mask_set: str, method: str) -> np.ndarray | None:
-    features = [batch.features[mask_set, method] for batch in batches if (mask_set, method) in batch.features]
+def _concatenate(
+    batches: Sequence[Mapping[tuple[str, str], np.ndarray]], mask_set: str, method: str
+) -> np.ndarray | None:
+    """A method's features of all batches; None: it did not complete every photograph."""
+    features = [batch[mask_set, method] for batch in batches if (mask_set, method) in batch]
     return np.concatenate(features) if len(features) == len(batches) else None
 
 
@@ -205,6 +227,7 @@ def _make_protocol(
     masks: Mapping[str, Sequence[np.ndarray]],
     features: CropFeatureExtractor | None,
     true_edges: Sequence[str],
+    scorer: FeatureScorer | None,
 ) -> Protocol:
     sizes = sorted({f"{image.shape[1]}x{image.shape[0]}" for _, image in photos})
     photo_digest = hashlib.sha256()
@@ -229,4 +252,5 @@ def _make_protocol(
         true_edges=tuple(true_edges),
         frozen_masks={name: frozen.record() for name, frozen in frozen_sets(config.masks).items()},
         hole=() if config.hole is None else tuple(value.text for value in parse_hole_values(config.hole)),
+        features=scorer.to_dict() if scorer else None,
     )

@@ -19,6 +19,7 @@ class InpaintingMethod(Protocol):
     - `uses_true_edges`: if true, the method gets the edges of the whole photograph, also those in the hole (to study the
       effect of perfect edges; this is not inpainting).
     - `predict_edges(image, mask, edge)`: the edges that it draws in the hole, [H,W] in [0,1], for the sample grids.
+    - `complete_with_edges(image, mask, edge)`: the completion and these edges, if that is cheaper than two calls.
     - `visualize_attention(image, mask, edge)`: a picture of its attention, uint8 [H,W,3], for the sample grids.
     - `for_photo(name, mask_set)`: the method to call for this photograph, for results that are looked up by name.
     """

@@ -27,6 +27,42 @@ METRIC_DEFINITIONS = {
     "tv_percent_hole": "100 * (mean|dx| + mean|dy|) on [0, 1], RGB, of the result, differences with an end in the hole",
 }
 
+LPIPS_METRICS = {"lpips_alex": "alexnet", "lpips_vgg": "vgg16"}
+"""Metric per photograph -> its network."""
+INCEPTION_METRICS = ("fid", "kid_inception", "p_ids_percent", "u_ids_percent")
+"""Metrics of the whole set of photographs, on the features of FID's Inception v3."""
+DISTANCE_METRICS = ("fd", "kid")
+"""Metrics of the whole set of photographs, on the features of `evaluate.distance`."""
+FEATURE_NETWORKS = LPIPS_METRICS | dict.fromkeys(INCEPTION_METRICS, "inception")
+"""Metric -> the network of `evaluate.features` that it needs."""
+UNFINISHED = "not every photograph was completed"
+"""Why a method has no metric of the whole set."""
+SET_METRICS = (*DISTANCE_METRICS, *INCEPTION_METRICS)
+
+OPTIONAL_DEFINITIONS = {
+    "lpips_alex": "LPIPS v0.1 on AlexNet, RGB, whole picture (Zhang et al. 2018)",
+    "lpips_vgg": "LPIPS v0.1 on VGG-16, RGB, whole picture (Zhang et al. 2018)",
+    "edge_precision": "fraction of the generated edge pixels in the hole that are true Canny edges",
+    "edge_recall": "fraction of the true Canny edge pixels in the hole that are generated",
+    "edge_f1": "harmonic mean of edge_precision and edge_recall",
+    "edge_precision_1px": "edge_precision that accepts a true edge one pixel away in the hole, diagonally too",
+    "edge_recall_1px": "edge_recall that accepts a generated edge one pixel away in the hole, diagonally too",
+    "edge_f1_1px": "harmonic mean of edge_precision_1px and edge_recall_1px",
+}
+"""Scores per photograph that only some evaluations have. They are not part of a protocol's digest: evaluations with and
+without them have the same other scores."""
+SET_DEFINITIONS = {
+    "fd": "Frechet distance of the features of crops (`evaluate.distance`); not FID",
+    "kid": "kernel distance of the features of crops (`evaluate.distance`), shown as KD; not KID",
+    "fid": "Frechet distance of the features of the pictures on FID's Inception v3 (Heusel et al. 2017)",
+    "kid_inception": "kernel distance of the same features, shown as KID (Binkowski et al. 2018)",
+    "p_ids_percent": "P-IDS: 100 * fraction of pairs whose filled picture a linear SVM on the same features takes for more "
+    "real than its photograph (Zhao et al. 2021)",
+    "u_ids_percent": "U-IDS: 100 * fraction of the pictures and photographs that this SVM takes for the other kind "
+    "(Zhao et al. 2021)",
+}
+"""Scores of a set of photographs."""
+
 METRIC_COLUMNS = (  # heading, metric, decimals
     ("PSNR hole", "psnr_rgb_hole", 2),
     ("PSNR", "psnr_rgb", 2),
@@ -35,12 +71,44 @@ METRIC_COLUMNS = (  # heading, metric, decimals
     ("l2 %", "l2_percent", 3),
     ("TV %", "tv_percent", 2),
 )
-"""The columns of tables."""
+"""The columns of the main tables."""
+FEATURE_COLUMNS = (
+    ("LPIPS alex", "lpips_alex", 4),
+    ("LPIPS vgg", "lpips_vgg", 4),
+    ("FID", "fid", 2),
+    ("KID", "kid_inception", 5),
+    ("P-IDS %", "p_ids_percent", 2),
+    ("U-IDS %", "u_ids_percent", 2),
+)
+"""The columns of the tables of scores on published networks."""
+EDGE_COLUMNS = (
+    ("precision", "edge_precision", 3),
+    ("recall", "edge_recall", 3),
+    ("F1", "edge_f1", 3),
+    ("precision 1px", "edge_precision_1px", 3),
+    ("recall 1px", "edge_recall_1px", 3),
+    ("F1 1px", "edge_f1_1px", 3),
+)
+"""The columns of the tables of generated edges."""
+ALL_COLUMNS = (
+    *METRIC_COLUMNS,
+    ("FD", "fd", 2),
+    ("KD", "kid", 4),
+    *FEATURE_COLUMNS,
+    *((f"edge {heading}", metric, decimals) for heading, metric, decimals in EDGE_COLUMNS),
+)
+"""Every metric that tables show, with a heading that is clear by itself."""
+SUMMARY_METRICS = tuple(
+    metric
+    for _, metric, _ in ALL_COLUMNS
+    if not metric.startswith("edge_") or metric in ("edge_f1", "edge_f1_1px")
+)
+"""The metrics of tables with one line per version."""
 
 
 def higher_is_better(metric: str) -> bool:
-    """True for PSNR and SSIM, False for errors and distances."""
-    return metric.startswith(("psnr", "ssim"))
+    """True for PSNR, SSIM, edge scores, P-IDS and U-IDS, False for errors and distances."""
+    return metric.startswith(("psnr", "ssim", "edge_", "p_ids", "u_ids"))
 
 
 def image_metrics(truth: np.ndarray, result: np.ndarray, mask: np.ndarray) -> dict[str, float]:

@@ -34,6 +34,24 @@ class EdgeDrawingMethod(ModelMethod):
         """The edges in the hole: float [H,W] in [0,1]."""
         return self.model.predict_edges(*to_tensors(image, mask, edge))[0, 0].numpy()
 
+    def complete_with_edges(
+        self, image: np.ndarray, mask: np.ndarray, edge: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The completion, and the edges of `predict_edges`, with one pass of the edge generator for both."""
+        outputs: list[torch.Tensor] = []
+        hooks = [
+            network.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+            for network in self.model.networks.values()
+        ]
+        try:
+            result = self(image, mask, edge)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        # the only network with one channel in a completion; it sees a photograph of another size padded
+        drawn = [output for output in outputs if output.shape == (1, 1, *mask.shape)]
+        return result, drawn[0][0, 0].numpy() if drawn else self.predict_edges(image, mask, edge)
+
 
 class AttentionDrawingMethod(ModelMethod):
     """A model that also draws its attention."""

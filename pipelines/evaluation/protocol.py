@@ -36,6 +36,8 @@ class Protocol:
     """Pixel values that mean hole in mask folders; empty: white."""
     frozen_masks: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Frozen set among `masks` -> its digest, and the masks, count, size and seed it was made with."""
+    features: dict[str, str] | None = None
+    """Network of LPIPS, FID, KID, P-IDS and U-IDS -> SHA-256 of its weights; None: none of them was computed."""
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Protocol:
@@ -51,13 +53,13 @@ class Protocol:
         values = {
             key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()
         }
-        optional = {key: values.pop(key) for key in ("hole", "frozen_masks")}
+        optional = {key: values.pop(key) for key in ("hole", "frozen_masks", "features")}
         return values | {key: value for key, value in optional.items() if value}
 
     @property
     def digest(self) -> str:
         """Digest of the fields that must be equal for scores to be comparable. Packages and methods may differ;
-        distances have their own digest."""
+        distances and the scores of published networks have their own."""
         return short_digest(self._compared_values())
 
     @property
@@ -146,7 +148,7 @@ def _text(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-IGNORED_IN_DIGEST = ("versions", "true_edges", "distance")
+IGNORED_IN_DIGEST = ("versions", "true_edges", "distance", "features")
 EMPTY_PROTOCOL = Protocol(0, (), "", (), "", 0, "", "", "", {}, "", None, {})
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from data_prep.masks import HOLE_AREA_BANDS
 from data_prep.records import from_json
-from pipelines.evaluation.metrics import finite_mean
+from pipelines.evaluation.metrics import SET_METRICS, finite_mean
 from pipelines.evaluation.protocol import Protocol
 from pipelines.plots.images import DRAWING_PREFIXES, Grid, decode_png
 
@@ -57,6 +57,8 @@ class EvaluationResult:
     """{"photo", "masks", "band", "pictures": {column: key in `pictures`}}."""
     pictures: dict[str, bytes] = field(default_factory=dict)
     """key -> PNG bytes."""
+    set_scores: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """mask set -> method -> the scores of `inception_scores`; {}: without weights for Inception."""
 
     @property
     def rows(self) -> list[MethodSummary]:
@@ -82,6 +84,12 @@ class EvaluationResult:
             raise ValueError(f"{method} has no {metric}: {row.reason or f'there are {available}'}")
         return row.metrics[metric]
 
+    def set_metrics(self, method: str, masks: str) -> dict[str, float]:
+        """A method's scores over the whole set of photographs: `fd`, `kid`, `fid` and so on, as far as there are."""
+        distances = self.distances.get(masks, {}).get(method, {})
+        scores = self.set_scores.get(masks, {}).get(method, {})
+        return {name: entry[name] for entry in (distances, scores) for name in SET_METRICS if name in entry}
+
     def to_metrics(self, method: str) -> dict[str, float]:
         """A method's finite means and distances as `masks/band/metric` (without `all`), to log in MLflow."""
         metrics = {}
@@ -89,9 +97,8 @@ class EvaluationResult:
             if row.method == method:
                 prefix = row.masks if row.band == "all" else f"{row.masks}/{row.band}"
                 metrics.update({f"{prefix}/{name}": value for name, value in row.metrics.items()})
-        for masks, distances in self.distances.items():
-            entry = distances.get(method, {})
-            metrics.update({f"{masks}/{name}": entry[name] for name in ("fd", "kid") if name in entry})
+        for masks in self.bands:
+            metrics.update({f"{masks}/{name}": x for name, x in self.set_metrics(method, masks).items()})
         return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
     def sample_grids(self) -> list[Grid]:
@@ -114,6 +121,8 @@ class EvaluationResult:
     def to_dict(self) -> dict[str, Any]:
         """For JSON, with the rows for readers, without the bytes of the pictures."""
         fields = {name: value for name, value in vars(self).items() if name != "pictures"}
+        if not self.set_scores:
+            del fields["set_scores"]
         fields["protocol"] = self.protocol.to_dict()
         return _to_json_value({**fields, "rows": [asdict(row) for row in self._iter_rows()]})
 

@@ -82,13 +82,14 @@ def baselines(ctx: StepContext[EvaluationConfig, BaselinesInputs, RunSettings]) 
     files = result.save(output.write)
     _save_array(output, truth)
     reasons = [row["reason"] for row in result.distances.get(first, {}).values() if "reason" in row]
+    reasons += [text for row in result.set_scores.get(first, {}).values() for text in row["reasons"].values()]
     return BaselinesOutputs(
         files=tuple(f"{ctx.attempt_folder}/{file}" for file in (*files, TRUTH_FILE)),
         folder=ctx.attempt_folder,
         truth_features=f"{ctx.attempt_folder}/{TRUTH_FILE}",
         scores={method: _metrics_of(result, method) for method in result.methods},
         photo_count=len(result.photos),
-        no_distance_reason=reasons[0] if reasons else "",
+        no_distance_reason="; ".join(dict.fromkeys(reasons)),
     )
 
 
@@ -121,8 +122,7 @@ def _log_grids(client: MlflowClient, run_id: str, result: EvaluationResult) -> N
 def _metrics_of(result: EvaluationResult, method: str) -> dict[str, float]:
     """A method's means and distances on the first mask set."""
     row = result.row(method)
-    distances = result.distances.get(row.masks, {}).get(method, {})
-    return row.metrics | {name: distances[name] for name in ("fd", "kid") if name in distances}
+    return row.metrics | result.set_metrics(method, row.masks)
 
 
 def _save_array(storage: Storage, array: np.ndarray) -> None:

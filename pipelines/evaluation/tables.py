@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 from data_prep.masks import HOLE_AREA_BANDS
-from pipelines.evaluation.metrics import METRIC_COLUMNS, higher_is_better
+from models.published_weights import PUBLISHED_WEIGHTS, is_published
+from pipelines.evaluation.metrics import (
+    EDGE_COLUMNS,
+    FEATURE_COLUMNS,
+    METRIC_COLUMNS,
+    UNFINISHED,
+    higher_is_better,
+)
 from pipelines.evaluation.results import EvaluationResult, MethodSummary, masks_title
 from pipelines.evaluation.significance import (
     INTERVALS_NOTE,
     TOO_FEW_NOTE,
-    WORSE_MARK,
     WORSE_NOTE,
     MeanStats,
     has_best,
     mean_stats,
 )
+from pipelines.evaluation.table_rendering import Cell, Table, render_markdown, render_text
 
 BAND_COLUMN = METRIC_COLUMNS[0]
 BENCHMARK_KINDS = {
@@ -28,31 +33,6 @@ BENCHMARK_KINDS = {
     "mat_small": "small",
     "mat_large": "large",
 }
-MAX_NAME_CHARS = 30
-MAX_LINE_CHARS = 100
-
-
-@dataclass(frozen=True)
-class Cell:
-    text: str
-    best: bool = False
-    worse: bool = False
-    """Worse than the best of the column by more than chance."""
-    interval: str = ""
-    """`16.85 to 17.90`; '': there is none."""
-    half_width: str = ""
-    """Half of the interval's width: `±0.53`."""
-
-
-@dataclass(frozen=True)
-class Table:
-    """The table of one mask set: headings (without that of the methods), (method, cells), caption, notes in sentences."""
-
-    title: str
-    headings: tuple[str, ...]
-    lines: tuple[tuple[str, tuple[Cell, ...]], ...]
-    caption: str
-    notes: tuple[str, ...]
 
 
 def main_tables(evaluation: EvaluationResult) -> list[Table]:
@@ -133,16 +113,103 @@ def _all_labels(evaluation: EvaluationResult) -> dict[str, str]:
     return labels
 
 
+def feature_tables(evaluation: EvaluationResult) -> list[Table]:
+    """LPIPS, FID, KID, P-IDS and U-IDS of each mask set, as far as their networks have weights."""
+    tables = []
+    for masks in evaluation.bands if evaluation.protocol.features else ():
+        values = {
+            row.method: row.metrics | evaluation.set_metrics(row.method, masks)
+            for row in (evaluation.row(method, masks) for method in evaluation.methods)
+        }
+        reasons = _unavailable_scores(evaluation, masks)
+        columns = [
+            column
+            for column in FEATURE_COLUMNS
+            if column[1] in reasons or any(column[1] in scores for scores in values.values())
+        ]
+        heading = {metric: title.removesuffix(" %") for title, metric, _ in FEATURE_COLUMNS}
+        by_reason: dict[str, list[str]] = {}
+        for metric, reason in reasons.items():
+            by_reason.setdefault(reason, []).append(heading[metric])
+        notes = [f"{' and '.join(names)} n/a: {reason}" for reason, names in by_reason.items()]
+        for network, sha256 in (evaluation.protocol.features or {}).items():
+            if not is_published(network, sha256):
+                notes.append(
+                    f"{PUBLISHED_WEIGHTS[network].title} has other weights than the published ones (sha256 {sha256[:12]}): "
+                    "its scores do not compare with those of papers"
+                )
+        caption = (
+            f"Scores on published networks · {masks_title(masks)} · {len(evaluation.photos)} photographs"
+        )
+        if columns:
+            tables.append(_table(evaluation, masks, columns, values, caption, notes))
+    return tables
+
+
+def edge_tables(evaluation: EvaluationResult) -> list[Table]:
+    """Precision, recall and F1 of the edges that methods generate in the hole, per mask set; none without such methods."""
+    tables = []
+    for masks in evaluation.bands:
+        rows = [evaluation.row(method, masks) for method in evaluation.methods]
+        values = {row.method: row.metrics for row in rows if EDGE_COLUMNS[0][1] in row.metrics}
+        caption = f"Generated edges in the hole against Canny's; 1px: within one pixel · {masks_title(masks)}"
+        if values:
+            tables.append(_table(evaluation, masks, EDGE_COLUMNS, values, caption))
+    return tables
+
+
+def all_tables(evaluation: EvaluationResult) -> list[Table]:
+    """All tables, in the order in which they are shown."""
+    return [
+        *main_tables(evaluation),
+        *feature_tables(evaluation),
+        *edge_tables(evaluation),
+        *band_tables(evaluation),
+    ]
+
+
 def table_text(evaluation: EvaluationResult) -> str:
     """The tables for a terminal of 100 columns; a star marks the best value of a column."""
-    return "\n\n".join(_table_text(table) for table in [*main_tables(evaluation), *band_tables(evaluation)])
+    return "\n\n".join(render_text(table) for table in all_tables(evaluation))
 
 
 def table_markdown(evaluation: EvaluationResult) -> str:
     """The tables in Markdown, values right-aligned and the best ones bold."""
-    return "\n\n".join(
-        _table_markdown(table) for table in [*main_tables(evaluation), *band_tables(evaluation)]
-    )
+    return "\n\n".join(render_markdown(table) for table in all_tables(evaluation))
+
+
+def _table(
+    evaluation: EvaluationResult,
+    masks: str,
+    columns: Sequence[tuple[str, str, int]],
+    values: Mapping[str, Mapping[str, float]],
+    caption: str,
+    notes: Sequence[str] = (),
+) -> Table:
+    """A table with one line per method. columns: heading, metric, decimals; values: method -> metric -> score. For the
+    legend of intervals and marks see the main table, which stands above."""
+    stats = mean_stats(evaluation, masks, [metric for _, metric, _ in columns])
+    cells = [
+        _format_column(
+            [scores.get(metric) for scores in values.values()],
+            metric,
+            decimals,
+            [stats.get((method, metric)) for method in values],
+        )
+        for _, metric, decimals in columns
+    ]
+    lines = tuple((method, tuple(column[i] for column in cells)) for i, method in enumerate(values))
+    return Table(masks_title(masks), tuple(heading for heading, *_ in columns), lines, caption, tuple(notes))
+
+
+def _unavailable_scores(evaluation: EvaluationResult, masks: str) -> dict[str, str]:
+    """Metric on Inception features -> why there is none of the methods that completed every photograph."""
+    reasons: dict[str, str] = {}
+    for scores in evaluation.set_scores.get(masks, {}).values():
+        for metric, reason in scores["reasons"].items():
+            if reason != UNFINISHED:  # which the main table says of the method
+                reasons.setdefault(metric, reason)
+    return reasons
 
 
 def _format_column(
@@ -215,58 +282,3 @@ def _legend(columns: Sequence[Sequence[Cell]]) -> tuple[str, ...]:
     if any(cell.interval or cell.worse for cell in cells):
         return INTERVALS_NOTE, WORSE_NOTE
     return () if all(cell.text in ("n/a", "exact") for cell in cells) else (TOO_FEW_NOTE,)
-
-
-def _table_text(table: Table) -> str:
-    names = [_truncate(name) for name, _ in table.lines]
-    name_width = max(map(len, [*names, "method"]))
-    widths = [
-        max(
-            len(heading),
-            *(len(text) for _, cells in table.lines for text in (cells[i].text, cells[i].half_width)),
-        )
-        + 1
-        for i, heading in enumerate(table.headings)
-    ]
-    header = "method".ljust(name_width) + "".join(
-        f"  {h.rjust(w - 1)} " for h, w in zip(table.headings, widths)
-    )
-    lines = []
-    for name, (_, cells) in zip(names, table.lines):
-        marks = ["*" if cell.best else WORSE_MARK if cell.worse else " " for cell in cells]
-        texts = "".join(f"  {c.text.rjust(w - 1)}{mark}" for c, w, mark in zip(cells, widths, marks))
-        lines.append(name.ljust(name_width) + texts)
-        if any(cell.half_width for cell in cells):
-            half_widths = "".join(f"  {c.half_width.rjust(w - 1)} " for c, w in zip(cells, widths))
-            lines.append(" " * name_width + half_widths)
-    body = [header, "-" * len(header.rstrip()), *lines]
-    caption = textwrap.wrap(table.caption, MAX_LINE_CHARS)
-    notes = [
-        line for note in table.notes for line in textwrap.wrap(note, MAX_LINE_CHARS, subsequent_indent="  ")
-    ]
-    return "\n".join(line.rstrip() for line in [*caption, "", *body, *notes])
-
-
-def _truncate(name: str) -> str:
-    return name if len(name) <= MAX_NAME_CHARS else name[: MAX_NAME_CHARS - 1] + "…"
-
-
-def _table_markdown(table: Table) -> str:
-    def escaped(text: str) -> str:
-        return text.replace("|", "\\|")
-
-    lines = [
-        "| method | " + " | ".join(table.headings) + " |",
-        "|:--|" + "--:|" * len(table.headings),
-        *(
-            f"| {escaped(name)} | " + " | ".join(map(_cell_markdown, cells)) + " |"
-            for name, cells in table.lines
-        ),
-    ]
-    notes = "".join(f"\n\n{escaped(note)}." for note in table.notes)
-    return f"{table.caption}\n\n" + "\n".join(lines) + notes
-
-
-def _cell_markdown(cell: Cell) -> str:
-    text = f"**{cell.text}**" if cell.best else f"{cell.text}{WORSE_MARK}" if cell.worse else cell.text
-    return f"{text} ({cell.interval})" if cell.interval else text

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from models.classical import METHODS
 from pipelines.evaluation.comparison import MIN_PAIRS, PairedDifference, complete_scores, paired_difference
 from pipelines.evaluation.methods import baseline_methods
-from pipelines.evaluation.metrics import higher_is_better
+from pipelines.evaluation.metrics import ALL_COLUMNS, higher_is_better
 from pipelines.evaluation.results import EvaluationResult, masks_title
-from pipelines.evaluation.tables import METRIC_COLUMNS
 
 TITLES = {
     "telea": "Telea",
@@ -128,7 +127,7 @@ def format_score(metric: str, score: float) -> str:
     value = _format_number(metric, score)
     if metric == "psnr_rgb_hole":
         return f"{value} dB{place}"
-    heading = next((title for title, name, _ in METRIC_COLUMNS if name == metric), "")
+    heading = next((title for title, name, _ in ALL_COLUMNS if name == metric), "")
     if not heading:
         return f"{metric} {value}"
     return f"{heading.removesuffix(' %')} {value}{' %' if heading.endswith('%') else _unit(metric)}"
@@ -141,7 +140,7 @@ def _format_difference(metric: str, difference: float) -> str:
 
 
 def _format_number(metric: str, value: float, sign: str = "") -> str:
-    digits = next((digits for _, name, digits in METRIC_COLUMNS if name == metric), 3)
+    digits = next((digits for _, name, digits in ALL_COLUMNS if name == metric), 3)
     return f"{value:{sign}.{digits}f}"
 
 

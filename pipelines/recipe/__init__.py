@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from pipelines.recipe.schema import Recipe
-from pipelines.recipe.sections import DistanceConfig, EvaluationConfig, Masks, ModelConfig, Scaling, Train
+from pipelines.recipe.sections import (
+    DistanceConfig,
+    EvaluationConfig,
+    FeatureWeights,
+    Masks,
+    ModelConfig,
+    Scaling,
+    Train,
+    WeightsFile,
+)
 from pipelines.recipe.sweep import Budget, Domain, Sweep
 
 __all__ = [
@@ -11,10 +20,12 @@ __all__ = [
     "DistanceConfig",
     "Domain",
     "EvaluationConfig",
+    "FeatureWeights",
     "Masks",
     "ModelConfig",
     "Recipe",
     "Scaling",
     "Sweep",
     "Train",
+    "WeightsFile",
 ]

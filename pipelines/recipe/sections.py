@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -229,6 +230,57 @@ class DistanceConfig(Section):
     crops_per_photo: PositiveInt = Field(4, description="fixed crops per photograph")
 
 
+class WeightsFile(Section):
+    """A file with the weights of a network; in recipes also as text, `PATH_OR_URI` or `PATH_OR_URI#sha256=HEX`."""
+
+    weights: str = Field(description="a path, file://, s3://... or https://...")
+    sha256: str | None = Field(None, description="SHA-256 of the file; needed with https://")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        address, mark, sha256 = value.partition("#sha256=")
+        return {"weights": address, "sha256": sha256} if mark else {"weights": address}
+
+    @field_validator("weights")
+    @classmethod
+    def _check_weights(cls, value: str) -> str:
+        if not value:
+            raise ValueError("give the path or address of a weights file")
+        return value
+
+    @field_validator("sha256")
+    @classmethod
+    def _check_sha256(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[0-9a-fA-F]{64}", value):
+            raise ValueError(f"{value!r} is no SHA-256: give 64 hexadecimal digits")
+        return value and value.lower()
+
+
+class FeatureWeights(Section):
+    """The weights of the networks of published scores, which no package carries. Each is none, text or a section."""
+
+    alexnet: WeightsFile | None = Field(
+        None, description="torchvision's AlexNet, for `lpips_alex`; none = it is not computed"
+    )
+    vgg16: WeightsFile | None = Field(
+        None, description="torchvision's VGG-16, for `lpips_vgg`; none = it is not computed"
+    )
+    inception: WeightsFile | None = Field(
+        None,
+        description="the Inception v3 of FID, for `fid`, `kid_inception`, `p_ids_percent` and `u_ids_percent`; none = "
+        "these are not computed",
+    )
+
+    @property
+    def networks(self) -> dict[str, WeightsFile]:
+        """The networks with weights, by name."""
+        files = {name: getattr(self, name) for name in type(self).model_fields}
+        return {name: file for name, file in files.items() if file is not None}
+
+
 class EvaluationConfig(Section):
     """One protocol for all models and baselines: fixed masks, fixed seeds.
 
@@ -248,6 +300,9 @@ class EvaluationConfig(Section):
     distance: DistanceConfig | None = Field(
         DistanceConfig(), description="features and crops of `fd` and `kid`; none = neither"
     )
+    features: FeatureWeights | None = Field(
+        None, description="weights for LPIPS, FID, KID, P-IDS and U-IDS; none = these are not computed"
+    )
     grid_rows: Annotated[int, Field(ge=0)] = Field(
         6, description="rows of the sample grid: evenly spaced photographs; 0 = no grid"
     )
@@ -257,6 +312,7 @@ class EvaluationConfig(Section):
     )
 
     @model_serializer(mode="wrap")
-    def _omit_unset_hole(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out `hole` if it is None: evaluations from before this field keep their step keys."""
-        return {key: value for key, value in dump(self).items() if key != "hole" or value is not None}
+    def _omit_unset(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out newer fields that are None: evaluations from before these fields keep their step keys."""
+        newer = ("hole", "features")
+        return {key: value for key, value in dump(self).items() if key not in newer or value is not None}

@@ -162,12 +162,12 @@ def _scores(metadata: Mapping[str, Any], tables: Sequence[str]) -> list[str]:
 
 def _score_tables(metadata: Mapping[str, Any], metrics: Mapping[str, float]) -> list[str]:
     """One table per mask set: the version over all photographs and by hole area, then the untrained methods."""
+    from pipelines.evaluation.metrics import ALL_COLUMNS, SUMMARY_METRICS
     from pipelines.evaluation.results import masks_title
-    from pipelines.evaluation.tables import METRIC_COLUMNS
     from pipelines.evaluation.verdict import TITLES
     from pipelines.registry.searching import split_column
 
-    columns = [*METRIC_COLUMNS, ("FD", "fd", 2)]
+    columns = [column for column in ALL_COLUMNS if column[1] in SUMMARY_METRICS and column[1] != "kid"]
     rows: dict[str, dict[str, dict[str, float]]] = {}  # masks -> row's title -> metric -> score
     for column, value in metrics.items():
         masks, band, metric = split_column(column)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SCORES_TAG, PROTOCOL_TAG, DISTANCE_TAG = "inpaint.scores", "inpaint.protocol", "inpaint.distance"
+FEATURES_TAG = "inpaint.features"
 METRIC_ALIASES = {
     "psnr": "psnr_rgb_hole",
     "ssim": "ssim_gauss11_rgb",
@@ -39,6 +40,10 @@ METRIC_ALIASES = {
     "l2": "l2_percent",
     "tv": "tv_percent",
     "mae": "mae_edgeconnect_grey",
+    "kd": "kid",
+    "lpips": "lpips_alex",
+    "p_ids": "p_ids_percent",
+    "u_ids": "u_ids_percent",
 }
 """Short name -> the protocol's name of the metric, as in the tables' columns."""
 BAND_PATTERN = re.compile(r"\d+-\d+")
@@ -165,6 +170,8 @@ def best(
         if not rows:
             find_model(client, name)  # raises if there is no such model
             raise RegistryError(f"{name} has no versions")
+    from pipelines.evaluation.metrics import DISTANCE_METRICS, FEATURE_NETWORKS, higher_is_better
+
     query = "/".join(part for part in (masks, band, metric) if part)
     columns = {column for row in rows for column in row["scores"]}
     column = find_column(columns, query, f"versions of {name}")
@@ -178,12 +185,13 @@ def best(
             unscored.append(row["version"])
             continue
         protocol = row["protocol"]
-        if protocol and metric_name in ("fd", "kid"):
+        if protocol and metric_name in DISTANCE_METRICS:
             protocol += f"; {row['distance']}"
+        elif protocol and (network := FEATURE_NETWORKS.get(metric_name)):
+            protocol += f"; {network} {json.loads(row['features'] or '{}').get(network, '')[:12]}"
         entry = RankedVersion(row["version"], tuple(row["aliases"]), row["created"], row["recipe"], value)
         groups.setdefault(protocol, []).append(entry)
         first_rows.setdefault(protocol, row)
-    from pipelines.evaluation.metrics import higher_is_better
 
     for versions in groups.values():
         versions.sort(key=lambda entry: entry.value, reverse=higher_is_better(metric_name))
@@ -216,7 +224,7 @@ def _why_not_comparable(first: Mapping[str, Any], row: Mapping[str, Any]) -> str
     if unknown:
         return "other photographs, masks, seed or definitions of metrics (digests are not on record)"
     if first["protocol"] == row["protocol"]:
-        return "other features of the distance"
+        return "other features of the distance, or other weights of the metric's network"
     return "other sizes, seed or definitions of metrics, with the same photographs and masks"
 
 
@@ -248,6 +256,7 @@ def version_rows(
             "protocol": version.tags.get(PROTOCOL_TAG),
             "distance": version.tags.get(DISTANCE_TAG),
             "digests": (version.tags.get(PHOTOGRAPHS_TAG), version.tags.get(MASKS_TAG)),
+            "features": version.tags.get(FEATURES_TAG),
             "scores": version_scores(version, logged_scores),
         }
         for version in versions

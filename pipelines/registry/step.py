@@ -17,13 +17,14 @@ from pipelines.contracts import RegisterConfig, RegisterInputs, RegisterOutputs,
 from pipelines.durable.mlflow_run import with_mlflow_run
 from pipelines.durable.steps import StepContext
 from pipelines.evaluation.methods import baseline_methods
+from pipelines.evaluation.metrics import ALL_COLUMNS, LPIPS_METRICS, SUMMARY_METRICS
 from pipelines.evaluation.photographs import split_photographs
 from pipelines.evaluation.results import EvaluationResult
 from pipelines.evaluation.significance import card_stats
-from pipelines.evaluation.tables import METRIC_COLUMNS
 from pipelines.evaluation.verdict import verdict
 from pipelines.plots.images import encode_png, sample_grid
 from pipelines.provenance import PROVENANCE_TAG, collect_provenance
+from pipelines.recipe import FeatureWeights
 from pipelines.registry.alias_moves import REJECTED_TAG
 from pipelines.registry.aliases import ConcurrentPromotion, alias_state, promote
 from pipelines.registry.card_picture import card_picture
@@ -121,7 +122,7 @@ def make_version_record(
             evaluation,
             ctx.config.model_key,
             [method for method in baseline_methods() if method in evaluation.methods],
-            [metric for _, metric, _ in METRIC_COLUMNS],
+            list(SUMMARY_METRICS),
         ),
         "verdict": verdict(evaluation, ctx.config.model_key, config.metric).sentence("This version"),
     }
@@ -132,7 +133,7 @@ def make_version_record(
 
 def _rounded(scores: Mapping[str, float]) -> dict[str, float]:
     """The means over all photographs of the metrics that tables show, with six digits."""
-    shown = {metric for _, metric, _ in METRIC_COLUMNS} | {"fd", "kid"}
+    shown = {metric for _, metric, _ in ALL_COLUMNS}
     columns = {column: split_column(column) for column in scores}
     return {
         column: float(f"{scores[column]:.6g}")
@@ -198,7 +199,14 @@ def compare_with_champion(
 ) -> tuple[bool, str, dict[str, Any] | None]:
     """Whether the new version is better than the champion, the reason, and the comparison (None: not possible)."""
     evaluate_config = ctx.config.evaluate
-    champion_config = evaluate_config.model_copy(update={"distance": None, "grid_rows": 1})
+    unused: dict[str, Any] = {"distance": None, "grid_rows": 1}
+    if evaluate_config.features:
+        deciding = {LPIPS_METRICS[metric] for metric in LPIPS_METRICS if metric == evaluate_config.metric}
+        networks = {
+            name: file for name, file in evaluate_config.features.networks.items() if name in deciding
+        }
+        unused["features"] = FeatureWeights(**networks) if networks else None
+    champion_config = evaluate_config.model_copy(update=unused)
     photos = list(split_photographs(ctx.storage.subfolder(ctx.inputs.shards.folder), evaluate_config.split))
     try:
         old = load_model(f"models:/{ctx.config.register_as}/{champion}", tracking_uri=_tracking_uri(ctx))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipelines.evaluation.protocol import Protocol, short_digest
-from pipelines.registry.searching import DISTANCE_TAG, PROTOCOL_TAG
+from pipelines.registry.searching import DISTANCE_TAG, FEATURES_TAG, PROTOCOL_TAG
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ class VersionRecord:
 
 
 def protocol_tags(protocol: Protocol) -> dict[str, str]:
-    """The tags that group versions with comparable scores, and with comparable distances (fd, kid)."""
+    """The tags that group versions with comparable scores, with comparable distances (fd, kid), and with the same weights
+    of the networks of published scores (LPIPS, FID)."""
     sizes, masks = " and ".join(protocol.sizes), " and ".join(protocol.masks)
     tags = {
         PROTOCOL_TAG: f"{protocol.digest}: {protocol.photographs} photographs of {sizes}, {masks} masks, "
@@ -114,4 +116,6 @@ def protocol_tags(protocol: Protocol) -> dict[str, str]:
     }
     if protocol.distance:
         tags[DISTANCE_TAG] = f"{short_digest(protocol.distance)}: {protocol.distance['name']}"
+    if protocol.features:
+        tags[FEATURES_TAG] = json.dumps(protocol.features, sort_keys=True)
     return tags

@@ -23,6 +23,7 @@ from pipelines.contracts import (
 )
 from pipelines.durable.steps import Step, StepId
 from pipelines.durable.workflow import Workflow
+from pipelines.evaluation.metrics import DISTANCE_METRICS, INCEPTION_METRICS
 from pipelines.pipeline import SHARD_ID, edge_sigmas, edges_step, shard_config, shard_step, train_config
 from pipelines.recipe import Domain, Recipe
 from pipelines.recipe.load import RecipeError
@@ -139,14 +140,14 @@ def check_sweep(recipe: Recipe, fetch: bool = True) -> None:
     """Check the recipes of the trials and of the final training, the sweep's metrics and constraints, and that each
     field's values make a difference. RecipeError in one line, before anything has run."""
     sweep, key = sweep_section(recipe), swept_model(recipe)
-    distance_metrics = ("fd", "kid") if recipe.evaluate.distance else ()
+    set_metrics = (*(DISTANCE_METRICS if recipe.evaluate.distance else ()), *INCEPTION_METRICS)
     for metric in sweep.metrics:
-        if metric in ("fd", "kid") and not distance_metrics:
+        if metric in DISTANCE_METRICS and not recipe.evaluate.distance:
             raise RecipeError(
                 f"sweep.metrics: there is no {metric} without evaluate.distance, which is null: give one, "
                 "or leave the metric out"
             )
-        check_metric("sweep.metrics", metric, recipe.data.size, distance_metrics)
+        check_metric("sweep.metrics", metric, recipe.data.size, set_metrics, recipe.evaluate.features)
     recipes = check_field_values(recipe)
     first = first_values(recipe)
     for text in sweep.constraints:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipelines.evaluation.results import EvaluationResult
-from pipelines.evaluation.tables import Cell
+from pipelines.evaluation.table_rendering import Cell
 from pipelines.sweeps.report.figures import Picture, draw_pictures, sweep_pictures
 from pipelines.sweeps.report.statistics import format_value, label_axes
 from pipelines.sweeps.report.text import (

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pipelines.evaluation.metrics import higher_is_better
-from pipelines.evaluation.tables import METRIC_COLUMNS, Cell
+from pipelines.evaluation.metrics import ALL_COLUMNS, higher_is_better
+from pipelines.evaluation.table_rendering import Cell
 from pipelines.sweeps.report.statistics import (
     SIGNIFICANCE_LEVEL,
     Axis,
@@ -238,10 +238,7 @@ def _state_sentences(result: SweepResult) -> Iterator[str]:
         )
 
 
-_TITLES = {metric: (heading, decimals) for heading, metric, decimals in METRIC_COLUMNS} | {
-    "fd": ("FD", 2),
-    "kid": ("KID", 4),
-}
+_TITLES = {metric: (heading, decimals) for heading, metric, decimals in ALL_COLUMNS}
 
 
 def metric_title(metric: str) -> str:

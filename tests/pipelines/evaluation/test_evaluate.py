@@ -20,7 +20,7 @@ from pipelines.evaluation.methods import baseline_methods
 from pipelines.evaluation.metrics import image_metrics
 from pipelines.evaluation.model_methods import model_method
 from pipelines.evaluation.results import EvaluationResult
-from pipelines.evaluation.tables import main_tables, table_markdown, table_text
+from pipelines.evaluation.tables import edge_tables, main_tables, table_markdown, table_text
 from pipelines.plots.images import decode_png, encode_png
 from pipelines.recipe import DistanceConfig, EvaluationConfig
 from pipelines.recipe.load import parse_recipe
@@ -436,3 +436,78 @@ def test_attention_is_drawn_where_a_model_has_it(photos):
     assert row[2].shape == (SIDE, SIDE, 3)
     assert len(np.unique(row[2].reshape(-1, 3), axis=0)) > 1  # positions attend to different directions
     assert grid.is_drawing(2)
+
+
+class DrawsTrueEdges:
+    """Draws the true edges of the photographs, shifted by some pixels to the right."""
+
+    sigma = 1.0
+
+    def __init__(self, photos: list[tuple[str, np.ndarray]], shift: int) -> None:
+        self.photos, self.shift = [image for _, image in photos], shift
+
+    def __call__(self, image, mask, edge):
+        return image
+
+    def predict_edges(self, image, mask, edge):
+        truth = next(p for p in self.photos if (p[mask == 0] == image[mask == 0]).all())
+        return np.roll(canny(rgb2gray(truth), sigma=1.0), self.shift, axis=1).astype(np.float32)
+
+
+def test_generated_edges_are_scored_against_the_photographs(photos):
+    methods = {f"shift {i}": DrawsTrueEdges(photos, i) for i in (0, 1, 5)} | {"grey": Grey()}
+    result = evaluate(methods, photos[:3], EvaluationConfig(distance=None, grid_rows=0))
+    scores = {method: result.row(method).metrics for method in methods}
+    assert scores["shift 0"]["edge_f1"] == scores["shift 0"]["edge_recall_1px"] == 1
+    assert scores["shift 1"]["edge_f1"] < 0.8 < 0.9 < scores["shift 1"]["edge_f1_1px"]
+    assert scores["shift 5"]["edge_f1_1px"] < scores["shift 1"]["edge_f1_1px"]
+    assert not any(name.startswith("edge_") for name in scores["grey"])
+    (table,) = edge_tables(result)
+    assert [method for method, _ in table.lines] == ["shift 0", "shift 1", "shift 5"]
+    assert table.headings == ("precision", "recall", "F1", "precision 1px", "recall 1px", "F1 1px")
+    assert [cells[2].best for _, cells in table.lines] == [True, False, False]
+    assert "Generated edges in the hole against Canny's" in table_text(result)
+    assert max(map(len, table_text(result).splitlines())) <= 100
+    without = evaluate({"grey": Grey()}, photos[:3], EvaluationConfig(distance=None, grid_rows=0))
+    assert edge_tables(without) == []
+    assert result.protocol.comparable_with(without.protocol)
+
+
+def test_edges_are_drawn_once_for_scores_and_pictures(photos):
+    calls = []
+
+    class Counts(DrawsTrueEdges):
+        def predict_edges(self, image, mask, edge):
+            calls.append(1)
+            return super().predict_edges(image, mask, edge)
+
+    evaluate({"draws": Counts(photos, 0)}, photos[:2], EvaluationConfig(distance=None, grid_rows=2))
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("size", [(64, 64), (61, 90)])
+def test_a_completion_with_its_edges_is_the_completion_and_the_edges(size):
+    model = build_small("edge_connect")
+    method = model_method(model, CheckpointInfo(model.name, sigma=1.0))
+    image = astronaut()[: size[0], : size[1]].copy()
+    mask = np.zeros(size, np.uint8)
+    mask[20:40, 16:48] = 1
+    known = np.where(mask[..., None] != 0, np.uint8(0), image)
+    edge = canny(rgb2gray(known), sigma=1.0, mask=mask == 0)
+    passes = []
+    model.networks["edge_generator"].register_forward_hook(lambda *_: passes.append(1))
+    result, drawn = method.complete_with_edges(known, mask, edge)
+    assert len(passes) == (1 if size == (64, 64) else 2)  # a size that is padded takes another pass
+    np.testing.assert_array_equal(result, method(known, mask, edge))
+    np.testing.assert_array_equal(drawn, method.predict_edges(known, mask, edge))
+
+
+def test_edges_of_another_size_than_the_photograph_are_not_scored(photos):
+    model = build_small("edge_connect")
+    methods = {"edge_connect": model_method(model, CheckpointInfo(model.name, sigma=1.0))}
+    odd = [(name, image[:61, :62].copy()) for name, image in photos[:2]]
+    row = evaluate(methods, odd, EvaluationConfig(distance=None, grid_rows=1)).row("edge_connect")
+    assert row.metrics["psnr_rgb_hole"] > 0
+    assert not any(name.startswith("edge_") for name in row.metrics)
+    row = evaluate(methods, photos[:2], EvaluationConfig(distance=None, grid_rows=1)).row("edge_connect")
+    assert 0 <= row.metrics["edge_f1"] <= 1

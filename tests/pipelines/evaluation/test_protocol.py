@@ -29,7 +29,9 @@ RECORD = {
 PROTOCOL = from_json(Protocol, RECORD, "evaluation.json, protocol")
 
 
-@pytest.mark.parametrize("extra", [{}, {"hole": ["2"]}], ids=["white", "hole"])
+@pytest.mark.parametrize(
+    "extra", [{}, {"hole": ["2"]}, {"features": {"alexnet": "a" * 64}}], ids=["white", "hole", "features"]
+)
 def test_reading_and_storing_keeps_every_field(extra: dict[str, object]) -> None:
     record = RECORD | extra
     protocol = from_json(Protocol, record, "evaluation.json, protocol")

@@ -170,6 +170,39 @@ def test_groups_say_why_their_scores_cannot_be_compared(bare: MlflowStore) -> No
     assert "digests" not in registry.search("digests", tracking_uri=bare.uri).columns
 
 
+def test_scores_on_published_networks_are_ranked_per_weights_of_their_network(bare: MlflowStore) -> None:
+    bare.client.create_registered_model("networks")
+    first = {"alexnet": "a" * 64, "inception": "b" * 64}
+    scores = {
+        "center/psnr_rgb_hole": 17.0,
+        "center/lpips_alex": 0.2,
+        "center/fid": 30.0,
+        "center/p_ids_percent": 5.0,
+    }
+    for number, features in enumerate((first, first, first | {"inception": "c" * 64}, None)):
+        tags = {
+            "inpaint.protocol": "1: 10 photographs",
+            "inpaint.photographs": "aaa",
+            "inpaint.masks": "bbb",
+            "inpaint.scores": json.dumps({name: value - number / 100 for name, value in scores.items()}),
+        }
+        tags |= {"inpaint.features": json.dumps(features)} if features else {}
+        bare.client.create_model_version("networks", "file:///nowhere", bare.run_id, tags=tags)
+
+    def groups(metric: str) -> list[list[str]]:
+        ranking = registry.best("networks", metric, tracking_uri=bare.uri)
+        return [[row.version for row in group.versions] for group in ranking.groups]
+
+    assert groups("psnr") == [["1", "2", "3", "4"]]
+    assert groups("lpips") == [["4"], ["3", "2", "1"]], "the same AlexNet, whatever Inception"
+    assert groups("fid") == [["4"], ["3"], ["2", "1"]]
+    assert groups("p_ids") == [["4"], ["3"], ["1", "2"]], "higher is better"
+    ranking = registry.best("networks", "fid", tracking_uri=bare.uri)
+    reason = "other features of the distance, or other weights of the metric's network"
+    assert [group.not_comparable for group in ranking.groups] == ["", reason, reason]
+    assert "features" not in registry.search("networks", tracking_uri=bare.uri).columns
+
+
 def test_a_missing_score_cannot_be_ranked(scored: MlflowStore) -> None:
     for options, message in (
         ({"metric": "psnr"}, "versions of edges were scored with masks brush and center: say which"),
