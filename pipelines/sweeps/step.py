@@ -13,6 +13,7 @@ from pipelines.contracts import RunSettings, SweepConfig, SweepInputs, SweepOutp
 from pipelines.durable.mlflow_run import with_mlflow_run
 from pipelines.durable.steps import StepContext
 from pipelines.durable.task import ProgressReporter
+from pipelines.evaluation.results import EvaluationResult
 from pipelines.provenance import code_version
 from pipelines.recipe import Recipe
 from pipelines.recipe.load import parse_recipe
@@ -125,6 +126,7 @@ def _sweep_result(
 ) -> SweepResult:
     sweep, code = sweep_section(recipe), code_version()
     baselines, shards = ctx.inputs.baselines, ctx.inputs.shards
+    scored = EvaluationResult.load(ctx.storage.subfolder(baselines.folder).read)
     splits = ", ".join(f"{count} {split}" for split, count in shards.splits.items())
     about = {
         "date": format_date(datetime.now(UTC)),
@@ -140,6 +142,7 @@ def _sweep_result(
         "commit": code.get("commit", "")[:12] + (" and changes" if code.get("dirty") == "true" else ""),
         "command": f"inpaint sweep {recipe.name}",
         "masks": ", ".join(recipe.evaluate.masks),
+        "digests": scored.protocol.digests,
     }
     return SweepResult(
         name=recipe.name,

@@ -208,6 +208,7 @@ def test_shared_phases_are_trained_once_also_while_the_mlflow_server_restarts(
     assert run.step_outputs("begin-model-0")["steps"] == 10
     sweep = result(run)
     assert [(trial.state, trial.steps) for trial in sweep.trials] == [(FINISHED, 20)] * 2
+    assert re.fullmatch(r"photographs \w{12}, masks \w{12}", sweep.about["digests"])
     assert all({"psnr_rgb_hole", "fd"} <= trial.scores.keys() for trial in sweep.trials)
     for trial in sweep.trials:  # each has its complete curve, shared steps included
         curve = f"select step from metrics where key = 'loss/D1' and run_uuid = '{trial.run}' order by step"
