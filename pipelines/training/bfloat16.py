@@ -6,15 +6,16 @@ write outside their buffers. `is_proven` is the set of shapes without a fault in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-_CONVOLUTIONS = (F.conv2d, F.conv_transpose2d)
+from pipelines.private.torch import convolutions_replaced
+
+_torch_conv2d, _torch_conv_transpose2d = F.conv2d, F.conv_transpose2d
 
 
 def is_proven(
@@ -35,47 +36,64 @@ def is_proven(
     return contiguous or max(dilation) == 1
 
 
-class ProvenBfloat16(TorchFunctionMode):
+@contextmanager
+def proven_bfloat16() -> Iterator[None]:
     """Inside this context, convolutions outside the proven set run in float32 though autocast is on."""
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if (
-            func in _CONVOLUTIONS
-            and torch.is_autocast_enabled("cpu")
-            and not _is_proven_call(func, *args, **kwargs)
-        ):
-            with torch.autocast("cpu", enabled=False):
-                args = tuple(_to_float32(value) for value in args)
-                return func(*args, **{name: _to_float32(value) for name, value in kwargs.items()})
-        return func(*args, **kwargs)
+    with convolutions_replaced(_conv2d, _conv_transpose2d):
+        yield
 
 
-def _to_float32(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) else value
+def _conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    if _needs_float32(input, weight, stride, dilation, groups):
+        with torch.autocast("cpu", enabled=False):
+            input, weight, bias = input.float(), weight.float(), None if bias is None else bias.float()
+            return _torch_conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return _torch_conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
-def _is_proven_call(func: Any, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> bool:
-    """The set's answer for a call of F.conv2d or F.conv_transpose2d."""
-    names = ("bias", "stride", "padding", "dilation", "groups")
-    if func is F.conv_transpose2d:
-        names = ("bias", "stride", "padding", "output_padding", "groups", "dilation")
-    options = dict(zip(names, args)) | kwargs
-    return is_proven(
+def _conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+) -> Tensor:
+    if _needs_float32(input, weight, stride, dilation, groups):
+        with torch.autocast("cpu", enabled=False):
+            input, weight, bias = input.float(), weight.float(), None if bias is None else bias.float()
+            return _torch_conv_transpose2d(
+                input, weight, bias, stride, padding, output_padding, groups, dilation
+            )
+    return _torch_conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+def _needs_float32(
+    input: Tensor,
+    weight: Tensor,
+    stride: int | Sequence[int],
+    dilation: int | Sequence[int],
+    groups: int,
+) -> bool:
+    return torch.is_autocast_enabled("cpu") and not is_proven(
         input.shape[2:],
         weight.shape[2:],
-        _pair(options.get("stride", 1)),
-        _pair(options.get("dilation", 1)),
-        options.get("groups", 1),
+        _pair(stride),
+        _pair(dilation),
+        groups,
         input.is_contiguous() and weight.is_contiguous(),
     )
 
 
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)  # type: ignore[return-value]
+def _pair(value: int | Sequence[int]) -> Sequence[int]:
+    return (value, value) if isinstance(value, int) else value

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.base import RANDOMS_PER_SAMPLE, HardwareKind, Losses, Model, Phase, Schedule
 from models.layers import freeze_power_iteration
-from pipelines.training.bfloat16 import ProvenBfloat16
+from pipelines.training.bfloat16 import proven_bfloat16
 from pipelines.training.numerics import (
     compile_networks,
     flatten_gradients,
@@ -25,6 +25,7 @@ from pipelines.training.numerics import (
     requires_grad_off,
     shorten_compiler_errors,
     to_float_tensor,
+    update_averages,
 )
 
 
@@ -93,7 +94,7 @@ class Learner:
         NonFiniteLoss on all ranks before any parameter changes.
         """
         with (
-            ProvenBfloat16() if self.bfloat16 and self.device.type == "cpu" else nullcontext(),
+            proven_bfloat16() if self.bfloat16 and self.device.type == "cpu" else nullcontext(),
             shorten_compiler_errors() if self.compiled else nullcontext(),
         ):
             return self._step(step, batch)
@@ -134,11 +135,7 @@ class Learner:
             with requires_grad_off(self.model.networks[name] for name in phase.discriminators):
                 terms |= self._optimizer_step(step, micro_batches, generator_losses, phase.generators)
         if self.ema_decay:
-            for key, value in self._ema_tensors():
-                if value.is_floating_point():
-                    self.ema[key].lerp_(value, 1 - self.ema_decay)
-                else:
-                    self.ema[key].copy_(value)
+            update_averages(self.ema, dict(self._ema_tensors()), 1 - self.ema_decay)
         return terms
 
     def _micro_batches(self, step: int, batch: dict[str, Any]) -> list[MicroBatch]:

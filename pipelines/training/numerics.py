@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from pipelines.private.torch import lerp_all
 
 RECOMPILE_LIMIT = 64  # compiled graphs per function
 
@@ -80,6 +82,15 @@ def match_memory_format(optimizer: torch.optim.Optimizer) -> None:
         for key, value in state.items():
             if value.shape == parameter.shape and value.stride() != parameter.stride():
                 state[key] = torch.empty_like(parameter).copy_(value)
+
+
+@torch.no_grad()
+def update_averages(averages: Mapping[str, Tensor], values: Mapping[str, Tensor], weight: float) -> None:
+    """Move averages towards the values by `weight` of the difference, in place; integers are copied."""
+    floats = [key for key, value in values.items() if value.is_floating_point()]
+    lerp_all([averages[key] for key in floats], [values[key] for key in floats], weight)
+    for key in values.keys() - set(floats):
+        averages[key].copy_(values[key])
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from models.base import HardwareKind, Precision, make_schedule
 from pipelines.contracts import TrainSchedule
 from pipelines.recipe.load import load_recipe, shipped_recipes
 from pipelines.recipe.sections import Train
-from pipelines.training.bfloat16 import ProvenBfloat16, is_proven
+from pipelines.training.bfloat16 import is_proven, proven_bfloat16
 from pipelines.training.learner import Learner
 from pipelines.training.precision import (
     TrainedPrecision,
@@ -141,19 +141,22 @@ def test_proven_set(
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_unproven_convolutions_run_in_float32(transposed: bool) -> None:
-    convolve = F.conv_transpose2d if transposed else F.conv2d
+    name = "conv_transpose2d" if transposed else "conv2d"
+
+    def convolve(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return getattr(F, name)(*args, **kwargs)
+
     weight = torch.randn(8, 8, 3, 3)
-    with torch.autocast("cpu", torch.bfloat16), ProvenBfloat16():
+    with torch.autocast("cpu", torch.bfloat16), proven_bfloat16():
         assert convolve(torch.randn(1, 8, 8, 8), weight, stride=2).dtype == torch.bfloat16
         x = torch.randn(1, 8, 3, 8).to(torch.bfloat16)
         y = convolve(x, weight, stride=2)
         assert y.dtype == torch.float32
         assert convolve(x, weight.bfloat16(), None, 2).dtype == torch.float32
     assert torch.equal(y, convolve(x.float(), weight, stride=2))
-    with ProvenBfloat16():
-        assert (
-            convolve(x, weight.bfloat16(), stride=2).dtype == torch.bfloat16
-        )  # no autocast: not ours to change
+    with proven_bfloat16():
+        # without autocast the types are the caller's
+        assert convolve(x, weight.bfloat16(), stride=2).dtype == torch.bfloat16
 
 
 def test_module_arguments_reach_the_rule() -> None:
@@ -167,7 +170,7 @@ def test_module_arguments_reach_the_rule() -> None:
         torch.nn.ConvTranspose2d(16, 16, 3, groups=4): torch.float32,
         torch.nn.ConvTranspose2d(16, 16, 3, output_padding=0): torch.bfloat16,
     }
-    with torch.autocast("cpu", torch.bfloat16), ProvenBfloat16():
+    with torch.autocast("cpu", torch.bfloat16), proven_bfloat16():
         assert [layer(x).dtype for layer in layers] == [*layers.values()]
 
 
