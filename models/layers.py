@@ -168,10 +168,11 @@ class PartialConv2d(nn.Conv2d):
         total = (F.avg_pool2d(valid, *self.pool_args) * self.pool_args[0] ** 2).round()
         covered = total > 0
         y = F.conv2d(masked, self.weight, None, self.stride, self.padding, self.dilation, self.groups)
-        y = y * torch.where(covered, self.window_size / total, 0)
-        new_mask = covered.to(x.dtype)
+        # under autocast y is bfloat16; masks stay float32, as their counts need more than its 8 bits
+        y = y * torch.where(covered, self.window_size / total, 0).to(y.dtype)
+        new_mask = covered.to(mask.dtype)
         if self.bias is not None:
-            y = y + self.bias.view(1, -1, 1, 1) * new_mask
+            y = y + self.bias.view(1, -1, 1, 1).to(y.dtype) * new_mask.to(y.dtype)
         return y, new_mask
 
 

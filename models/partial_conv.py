@@ -240,8 +240,8 @@ class PartialConv(Model):
         image_size=512,
     )
     precisions: ClassVar[Mapping[HardwareKind, Precision]] = {
-        "amx": Precision(channels_last=True),
-        "avx512_bf16": Precision(channels_last=True),
+        "amx": Precision(bfloat16=True, channels_last=True),
+        "avx512_bf16": Precision(channels_last=True),  # bfloat16 was not measured there
         "cpu": Precision(channels_last=True),
     }
     small_config: ClassVar[SmallConfig] = SmallConfig(
