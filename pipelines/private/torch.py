@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,6 +94,6 @@ def convolutions_replaced(
         functional.conv2d, functional.conv_transpose2d = originals
 
 
-def lerp_all(averages: Sequence[Tensor], values: Sequence[Tensor], weight: float) -> None:
+def lerp_all(averages: list[Tensor], values: list[Tensor], weight: float) -> None:
     """average += weight (value - average) in place, for each pair: the same bits as Tensor.lerp_."""
     torch._foreach_lerp_(averages, values, weight)

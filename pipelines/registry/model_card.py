@@ -192,9 +192,9 @@ def _score_tables(metadata: Mapping[str, Any], metrics: Mapping[str, float]) -> 
             f"| {masks_title(masks)} | " + " | ".join(heading for heading, *_ in shown) + " |",
             "|:--|" + "--:|" * len(shown),
         ]
-        for title, scores, method in lines:
+        for title, scores, scored in lines:
             cells = [
-                f"{scores[key]:.{digits}f}{_precision(metadata, method, f'{masks}/{key}', digits)}"
+                f"{scores[key]:.{digits}f}{_precision(metadata, scored, f'{masks}/{key}', digits)}"
                 if key in scores
                 else ""
                 for _, key, digits in shown

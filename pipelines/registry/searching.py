@@ -200,7 +200,8 @@ def best(
         RankedGroup(
             protocol,
             tuple(versions),
-            *first_rows[protocol]["digests"],
+            first_rows[protocol]["digests"][0],
+            first_rows[protocol]["digests"][1],
             ""
             if first_rows[protocol] is first or first is None
             else _why_not_comparable(first, first_rows[protocol]),
