@@ -162,14 +162,15 @@ def test_edge_scores_are_in_the_curves_and_findings_are_announced_once(
     told: list[str] = []
     monkeypatch.setattr(monitoring, "announce", lambda progress, text: told.append(text))
     monitor = make_monitor(None)
-    monitor.learner.schedule = SimpleNamespace(phase_spans=((SimpleNamespace(name="edge"), 0, 1000),))
+    monitor.learner.schedule = SimpleNamespace(phase_spans=((SimpleNamespace(name="edge"), 0, 100),))
     monitor.validation.evaluate = lambda _: (9.0, b"")
     monitor.validation.edge_scores = lambda _: {"edge_f1_1px": 0.0, "edge_recall": 0.0}
     for step in range(10, 110, 10):
-        monitor.record(step, {"loss/D1": 0.001})
+        monitor.record(step, {"loss/D1": 0.001, "loss/FM": 0.1})
         monitor.validate(step)
     assert monitor.points[0][1] == {
         "loss/D1": 0.001,
+        "loss/FM": 0.1,
         VALIDATION_METRIC: 9.0,
         "val/edge_f1_1px": 0.0,
         "val/edge_recall": 0.0,
