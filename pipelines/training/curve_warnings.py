@@ -11,6 +11,8 @@ EDGE_LOSS = "loss/FM"
 """A loss of the edge generator: a phase without it does not train it (its moving average may still change)."""
 EDGE_WINDOW, EDGE_FRACTION = 5, 0.2
 """Validations, and fraction of the phase, without a better score after which generated edges stand still."""
+EDGE_START = 0.1
+"""Fraction of the phase whose scores do not count: an untrained generator covers holes with edges, which scores well."""
 EDGE_PROGRESS = 0.01
 """Least gain of that score that counts."""
 DISCRIMINATOR_TERM = re.compile(r"loss/(discriminator|D\d*)")
@@ -46,7 +48,8 @@ def curve_warnings(points: CurvePoints, phases: Sequence[tuple[str, int, int]]) 
         inside = [(step, values) for step, values in points if start < step <= end]
         texts = {}
         if any(EDGE_LOSS in values for _, values in inside):
-            texts[EDGE_METRIC] = explain_standstill(_curve(inside, EDGE_METRIC), end - start)
+            trained = [point for point in inside if point[0] > start + EDGE_START * (end - start)]
+            texts[EDGE_METRIC] = explain_standstill(_curve(trained, EDGE_METRIC), end - start)
         for metric in sorted({metric for _, values in inside for metric in values}):
             if DISCRIMINATOR_TERM.fullmatch(metric):
                 texts[metric] = explain_winner(

@@ -81,6 +81,13 @@ def test_other_losses_are_no_victory(values: tuple[float, ...]) -> None:
     assert explain_winner(scores(*values), "D1", 1000) == ""
 
 
+def test_the_scores_of_an_untrained_edge_generator_do_not_count() -> None:
+    values = (0.3, 0.0, 0.02, 0.04, 0.06, 0.08, 0.1, 0.12)
+    points = [(step, {EDGE_METRIC: value, "loss/FM": 0.1}) for step, value in scores(*values)]
+    assert curve_warnings(points, [("edge", 0, 1000)]) == []  # it improves from step 200 on
+    assert explain_standstill(scores(*values), 1000)
+
+
 def test_each_phase_is_judged_by_its_own_points() -> None:
     phases = [("edge", 0, 800), ("inpaint", 800, 2000), ("joint", 2000, 2400)]
     points = [
