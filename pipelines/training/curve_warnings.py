@@ -9,7 +9,7 @@ from dataclasses import dataclass
 EDGE_METRIC = "val/edge_f1_1px"
 EDGE_LOSS = "loss/FM"
 """A loss of the edge generator: a phase without it does not train it (its moving average may still change)."""
-EDGE_WINDOW, EDGE_FRACTION = 5, 0.2
+EDGE_WINDOW, EDGE_FRACTION = 3, 0.2
 """Validations, and fraction of the phase, without a better score after which generated edges stand still."""
 EDGE_START = 0.1
 """Fraction of the phase whose scores do not count: an untrained generator covers holes with edges, which scores well."""

@@ -177,7 +177,7 @@ def test_edge_scores_are_in_the_curves_and_findings_are_announced_once(
     }
     assert len(told) == 2
     assert told[0].startswith(
-        "warning: phase edge: the generated edges stand still: F1 within one pixel 0.000 at step 70"
+        "warning: phase edge: the generated edges stand still: F1 within one pixel 0.000 at step 50"
     )
     assert told[1].startswith(
         "warning: phase edge: the discriminator has won: the loss D1 is at most 0.001 from step 10"
