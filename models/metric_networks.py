@@ -5,14 +5,14 @@ They are rebuilt from layer tables, with the parameter names of the published fi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from models.features import FeatureStack, build_alexnet, build_vgg, read_state_dict
+from models.features import FeatureStack, MeanStd, build_alexnet, build_vgg, read_state_dict
 
 INCEPTION_DIMENSIONS = 2048
 INCEPTION_SIZE = 299
@@ -75,9 +75,10 @@ def load_lpips(
     heads: the linear layers; None: those in the installed torchmetrics. FileNotFoundError: a file is missing, with the
     way to get it. ValueError: a wrong checksum, or a file without these weights.
     """
-    build = {"alexnet": build_alexnet, "vgg16": build_vgg}[network]
+    builders: dict[str, Callable[[Mapping[str, Tensor], MeanStd], FeatureStack]]
+    builders = {"alexnet": build_alexnet, "vgg16": build_vgg}
     scaling = (LPIPS_SHIFT, LPIPS_SCALE)
-    stack = build(read_state_dict(Path(weights), sha256), scaling)
+    stack = builders[network](read_state_dict(Path(weights), sha256), scaling)
     layers = LPIPS_LAYERS[network]
     path = Path(heads) if heads else lpips_heads_file(network)
     state = read_state_dict(path)

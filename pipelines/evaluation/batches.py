@@ -142,7 +142,7 @@ def _complete_and_score(
     is no result."""
     arguments = (known.copy(), mask.copy(), edge)
     try:
-        drawn = None
+        drawn: np.ndarray | None = None
         if complete_with_edges := getattr(method, "complete_with_edges", None):
             result, drawn = complete_with_edges(*arguments)
         else:

@@ -46,7 +46,7 @@ def curve_warnings(points: CurvePoints, phases: Sequence[tuple[str, int, int]]) 
     found = []
     for name, start, end in phases:
         inside = [(step, values) for step, values in points if start < step <= end]
-        texts = {}
+        texts: dict[str, str] = {}
         if any(EDGE_LOSS in values for _, values in inside):
             trained = [point for point in inside if point[0] > start + EDGE_START * (end - start)]
             texts[EDGE_METRIC] = explain_standstill(_curve(trained, EDGE_METRIC), end - start)
