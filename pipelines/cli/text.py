@@ -76,9 +76,11 @@ def _format_version(details: VersionDetails) -> str:
 def _format_training(model: Mapping[str, Any]) -> str:
     masks = ", ".join(model.get("masks") or ())
     low, high = (f"{100 * fraction:.0f}" for fraction in model.get("hole_range", (0, 0)))
+    layout = ", channels_last" if model.get("channels_last") else ""
+    precision = f", {model['precision']}{layout} on {model['hardware']}" if model.get("precision") else ""
     return (
         f"{model['steps']} steps at {model.get('size')} px, seed {model.get('seed')}, {masks} masks "
-        f"({low} to {high} % hole)"
+        f"({low} to {high} % hole){precision}"
     )
 
 
