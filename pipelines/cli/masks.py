@@ -34,8 +34,15 @@ def add_masks(add: AddCommand) -> None:
         "masks show brush=2 block=1 --out masks.png",
         actions,
     )
-    show.add_argument("masks", metavar="KIND[=WEIGHT]", nargs="+", help=MASKS_HELP)
-    show.add_argument("--hole", metavar="VALUE", action="append", help=HOLE_HELP)
+    freeze = add(
+        "freeze",
+        "write masks to a tar, so that every evaluation uses the same ones to the bit",
+        "masks freeze lama_thick --count 1000 --size 256 --seed 0 --out thick.tar",
+        actions,
+    )
+    for action in (show, freeze):
+        action.add_argument("masks", metavar="KIND[=WEIGHT]", nargs="+", help=MASKS_HELP)
+        action.add_argument("--hole", metavar="VALUE", action="append", help=HOLE_HELP)
     show.add_argument(
         "--size", type=integer(8), help=f"side in pixels ({DEFAULT_SIZE}; of a frozen set, its masks')"
     )
@@ -43,14 +50,6 @@ def add_masks(add: AddCommand) -> None:
     show.add_argument("--seed", type=non_negative_int, default=0, help="(%(default)s)")
     show.add_argument("--out", metavar="FILE", default="masks.png", help="(%(default)s)")
     show.add_argument("--json", action="store_true", help="print JSON")
-    freeze = add(
-        "freeze",
-        "write masks to a tar, so that every evaluation uses the same ones to the bit",
-        "masks freeze lama_thick --count 1000 --size 256 --seed 0 --out thick.tar",
-        actions,
-    )
-    freeze.add_argument("masks", metavar="KIND[=WEIGHT]", nargs="+", help=MASKS_HELP)
-    freeze.add_argument("--hole", metavar="VALUE", action="append", help=HOLE_HELP)
     freeze.add_argument(
         "--count", type=positive_int, required=True, help="masks: at least as many as photographs are scored"
     )

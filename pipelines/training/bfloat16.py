@@ -1,7 +1,7 @@
 """bfloat16 on CPUs: which convolutions oneDNN computes right, and float32 for the others.
 
 torch 2.13's oneDNN has wrong gradients in bfloat16 for some shapes: parts of them are unwritten memory, and some calls
-write outside their buffers. `is_proven` is the set of shapes without a fault in tests/benchmarks/scan_bfloat16.py.
+write outside their buffers. `is_proven` is a set of shapes in which the scan of tests/bfloat16 found no fault.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def is_proven(
     """Whether oneDNN computes a convolution's output and gradients right in bfloat16; all arguments (height, width).
 
     contiguous: whether the input and the weight are, unlike in channels_last. Outside the set, torch 2.13 is wrong for
-    a stride above 1 on a map of 1 or 2 pixels a side, and for dilated convolutions in channels_last.
+    maps of 1 or 2 pixels a side, mostly at strides above 1, and for dilated convolutions in channels_last.
     """
     if groups > 1 or any(side <= k for side, k in zip(map_size, kernel, strict=True)):
         return False

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.base import RANDOMS_PER_SAMPLE, HardwareKind, Losses, Model, Phase, Schedule
+from models.base import RANDOMS_PER_SAMPLE, HardwareKind, Losses, Model, Phase, Precision, Schedule
 from models.layers import freeze_power_iteration
 from pipelines.training.bfloat16 import proven_bfloat16
 from pipelines.training.numerics import (
@@ -27,6 +27,7 @@ from pipelines.training.numerics import (
     to_float_tensor,
     update_averages,
 )
+from pipelines.training.precision import TrainedPrecision
 
 
 class NonFiniteLoss(ValueError):
@@ -312,17 +313,17 @@ class Learner:
             if key in values:
                 value.copy_(values[key])
 
+    @property
+    def trained_precision(self) -> TrainedPrecision:
+        return TrainedPrecision(Precision(self.bfloat16, self.channels_last), self.hardware)
+
     def state(self, step: int) -> dict[str, Any]:
         """All that the next step depends on, after `step` steps. Can be loaded with weights_only."""
         return {
             "step": step,
             "seed": self.seed,
             "phase": self.phase.name if self.phase else None,
-            "precision": {
-                "bfloat16": self.bfloat16,
-                "channels_last": self.channels_last,
-                "hardware": self.hardware,
-            },
+            "precision": self.trained_precision.to_state(),
             "networks": self.model.networks.state_dict(),
             "optimisers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "ema": self.ema,

@@ -20,7 +20,7 @@ from ray.train import Checkpoint, CheckpointConsistencyMode, CheckpointUploadMod
 from data_prep.cache import ShardCache
 from data_prep.stream import BatchStream
 from models import build_model
-from models.base import Precision, make_schedule
+from models.base import make_schedule
 from pipelines.downloads import with_local_weights
 from pipelines.durable.task import announce
 from pipelines.tracking.runs import CurvePoint, CurvePublisher
@@ -180,7 +180,7 @@ def read_last_state(job: TrainJob) -> tuple[dict[str, Any] | None, list[CurvePoi
 
 def announce_precision(job: TrainJob, learner: Learner, resumed: bool) -> None:
     """Say which precision `auto` stands for when a training begins, and where it resumes on other hardware."""
-    trained = TrainedPrecision(Precision(learner.bfloat16, learner.channels_last), learner.hardware)
+    trained = learner.trained_precision
     if resumed:
         note = describe_resumed_precision(trained, learner.device)
     else:

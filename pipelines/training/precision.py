@@ -6,14 +6,16 @@ Resolved once, when a training begins: its checkpoints carry the result, and a r
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 
 from models.base import HardwareKind, Model, Precision
-from pipelines.contracts import TrainSchedule
+
+if TYPE_CHECKING:
+    from pipelines.contracts import TrainSchedule
 
 HARDWARE_NAMES: dict[HardwareKind, str] = {
     "gpu": "a GPU",
@@ -37,6 +39,10 @@ class TrainedPrecision:
         if record is None:
             return None
         return cls(Precision(record["bfloat16"], record["channels_last"]), record["hardware"])
+
+    def to_state(self) -> dict[str, Any]:
+        """What `from_state` reads, for a checkpoint's state."""
+        return {**asdict(self.precision), "hardware": self.hardware}
 
     @property
     def data_type(self) -> Literal["bfloat16", "float32"]:

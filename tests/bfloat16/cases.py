@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from models import build_model
 from models.base import RANDOMS_PER_SAMPLE, Model
+from pipelines.private.torch import convolutions_replaced
 from pipelines.recipe.load import load_recipe
 from pipelines.training.bfloat16 import is_proven
 
@@ -162,48 +163,29 @@ def _has_output(case: Case) -> bool:
 # -- the convolutions of the models ---------------------------------------------------------------------------
 
 
-class _Recorder(TorchFunctionMode):
-    """Collects the convolutions that are called inside it, each once per batch size and layout."""
+@contextmanager
+def _recorded(cases: dict[Case, None], batches: tuple[int, ...]) -> Iterator[None]:
+    """Inside this context every convolution is added to `cases`, once per batch size and layout."""
+    conv2d, conv_transpose2d = F.conv2d, F.conv_transpose2d
 
-    def __init__(self, batches: tuple[int, ...]) -> None:
-        super().__init__()
-        self.batches = batches
-        self.cases: dict[Case, None] = {}
+    def record(transposed: bool, x: Tensor, weight: Tensor, *options: int | tuple[int, int]) -> None:
+        stride, padding, dilation, groups = (n if isinstance(n, int) else n[0] for n in options)
+        c_out = weight.shape[1] * groups if transposed else weight.shape[0]
+        numbers = (weight.shape[2], stride, padding, dilation, groups, x.shape[2], x.shape[3])
+        for batch in batches:
+            for layout in LAYOUTS[:2]:
+                cases[Case(transposed, x.shape[1], c_out, *numbers, batch, layout)] = None  # type: ignore[arg-type]
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func in (F.conv2d, F.conv_transpose2d):
-            self._record(func is F.conv_transpose2d, *args, **kwargs)
-        return func(*args, **kwargs)
+    def plain(x, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):  # type: ignore[no-untyped-def]
+        record(False, x, weight, stride, padding, dilation, groups)
+        return conv2d(x, weight, bias, stride, padding, dilation, groups)
 
-    def _record(self, transposed: bool, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> None:
-        names = ("bias", "stride", "padding", "dilation", "groups")
-        if transposed:
-            names = ("bias", "stride", "padding", "output_padding", "groups", "dilation")
-        options = dict(zip(names, args)) | kwargs
+    def transposed(x, weight, bias=None, stride=1, padding=0, output_padding=0, groups=1, dilation=1):  # type: ignore[no-untyped-def]
+        record(True, x, weight, stride, padding, dilation, groups)
+        return conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
 
-        def number(name: str, default: int) -> int:
-            value = options.get(name, default)
-            return value if isinstance(value, int) else value[0]
-
-        groups = number("groups", 1)
-        for batch in self.batches:
-            for layout in ("contiguous", "channels_last"):
-                case = Case(
-                    transposed,
-                    x.shape[1],
-                    weight.shape[1] * groups if transposed else weight.shape[0],
-                    weight.shape[2],
-                    number("stride", 1),
-                    number("padding", 0),
-                    number("dilation", 1),
-                    groups,
-                    x.shape[2],
-                    x.shape[3],
-                    batch,
-                    layout,  # type: ignore[arg-type]
-                )
-                self.cases[case] = None
+    with convolutions_replaced(plain, transposed):
+        yield
 
 
 def model_cases(recipe_name: str, size: int | None = None, batches: tuple[int, ...] = (1, 2)) -> list[Case]:
@@ -227,11 +209,11 @@ def model_cases(recipe_name: str, size: int | None = None, batches: tuple[int, .
     }
     hole = slice(size // 4, size // 4 + size // 2)
     batch["mask"][..., hole, hole] = 1
-    recorder = _Recorder(batches)
+    cases: dict[Case, None] = {}
     for phase in model.phases:
         model.set_phase(phase)
-        with recorder:
+        with _recorded(cases, batches):
             out = model.generate(batch, phase)
             model.generator_losses(batch, out, phase)
             model.discriminator_losses(batch, out, phase)
-    return [case for case in recorder.cases if case.is_proven()]
+    return [case for case in cases if case.is_proven()]
