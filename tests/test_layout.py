@@ -52,6 +52,7 @@ LAYERS = (
     ("pipelines.check_data", "pipelines.check_recipe", "pipelines.registry", "pipelines.run_report"),
     ("pipelines.importing", "pipelines.inference", "pipelines.parent_run", "pipelines.pipeline"),
     ("pipelines.sweeps",),
+    ("pipelines.studio",),
     ("pipelines.cli",),
     ("pipelines", "pipelines.__main__"),
 )
