@@ -40,14 +40,13 @@ def create_app(settings: StudioSettings) -> FastAPI:
 
 
 def _templates() -> Environment:
-    environment = Environment(
+    return Environment(
         loader=FileSystemLoader(HERE / "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment
 
 
 def studio_of(request: Request) -> Studio:
