@@ -241,7 +241,7 @@ def version_rows(
         for alias, number in model.aliases.items():
             aliases.setdefault((model.name, str(number)), []).append(alias)
     without_tag = [version for version in versions if SCORES_TAG not in version.tags]
-    logged_scores = _logged_scores(client) if without_tag else {}
+    logged = logged_scores(client) if without_tag else {}
     return [
         {
             "name": version.name,
@@ -258,7 +258,7 @@ def version_rows(
             "distance": version.tags.get(DISTANCE_TAG),
             "digests": (version.tags.get(PHOTOGRAPHS_TAG), version.tags.get(MASKS_TAG)),
             "features": version.tags.get(FEATURES_TAG),
-            "scores": version_scores(version, logged_scores),
+            "scores": version_scores(version, logged),
         }
         for version in versions
     ]
@@ -320,7 +320,7 @@ def find_column(columns: Iterable[str], text: str, subject: str = "these version
     )
 
 
-def _logged_scores(client: MlflowClient) -> dict[str, dict[str, float]]:
+def logged_scores(client: MlflowClient) -> dict[str, dict[str, float]]:
     """Logged model's id -> metrics, for the logged models of all experiments."""
     experiments = [experiment.experiment_id for experiment in all_pages(client.search_experiments)]
     models = all_pages(client.search_logged_models, experiment_ids=experiments)
