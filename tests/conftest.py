@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+import pickle
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import boto3
 import pytest
+from filelock import FileLock
 from moto.server import ThreadedMotoServer
 
 import models
 from support import tiny_model
 from support.gateway import running_gateway
-from support.small_models import build_small
+from support.small_models import build_small, disable_torch_trace
 from support.tiers import HINT, MAX_FAST_SECONDS, SlowTestLog, forbid_servers, tier
 
 if TYPE_CHECKING:
@@ -108,6 +110,39 @@ def fresh_bucket(server, monkeypatch) -> str:
     name = f"bucket-{os.urandom(4).hex()}"
     boto3.client("s3", endpoint_url=server).create_bucket(Bucket=name)
     return f"s3://{name}"
+
+
+@pytest.fixture(scope="session")
+def quiet_torch() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        disable_torch_trace(patch)
+        yield
+
+
+@pytest.fixture(scope="session")
+def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database without experiments of ours."""
+    from mlflow import MlflowClient  # takes seconds
+
+    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], Any]], Any]:
+    """A function that returns `make(folder)`, called in one test process only; the others unpickle its result."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def once(name: str, make: Callable[[Path], Any]) -> Any:
+        pickle_file = base / f"{name}.pickle"
+        with FileLock(f"{pickle_file}.lock"):
+            if not pickle_file.exists():
+                pickle_file.write_bytes(pickle.dumps(make(tmp_path_factory.mktemp(name))))
+            return pickle.loads(pickle_file.read_bytes())
+
+    return once
 
 
 @pytest.fixture(scope="session")

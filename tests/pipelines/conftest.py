@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import copy
-import os
-import pickle
 import shutil
-import sqlite3
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from filelock import FileLock
 from mlflow import MlflowClient
 
 from models import build_model
 from models.base import Model
 from pipelines.cli.main import main
 from pipelines.registry import LoadedModel, load_model, registration
-from support.mlflow_stores import MlflowStore, PipelineOutputs, network_input, photograph
-from support.small_models import disable_torch_trace, scale_activations
+from support.mlflow_stores import (
+    MlflowStore,
+    PipelineOutputs,
+    copied,
+    copied_exports,
+    network_input,
+    photograph,
+)
+from support.small_models import scale_activations
 
 
 @pytest.fixture(scope="session")
@@ -64,37 +66,6 @@ def one_thread_and_seed() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def quiet_torch() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        disable_torch_trace(patch)
-        yield
-
-
-@pytest.fixture(scope="session")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database without experiments of ours."""
-    path = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
-@pytest.fixture(scope="session")
-def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], Any]], Any]:
-    """A function that returns `make(folder)`, called in one test process only; the others unpickle its result."""
-    base = tmp_path_factory.getbasetemp()
-    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-    def once(name: str, make: Callable[[Path], Any]) -> Any:
-        pickle_file = base / f"{name}.pickle"
-        with FileLock(f"{pickle_file}.lock"):
-            if not pickle_file.exists():
-                pickle_file.write_bytes(pickle.dumps(make(tmp_path_factory.mktemp(name))))
-            return pickle.loads(pickle_file.read_bytes())
-
-    return once
-
-
-@pytest.fixture(scope="session")
 def store(
     tmp_path_factory: pytest.TempPathFactory,
     made_once: Callable[..., Any],
@@ -114,12 +85,6 @@ def store(
     database, run = made_once("registry", make)
     uri = f"sqlite:///{copied(database, tmp_path_factory.mktemp('store') / 'mlflow.db')}"
     return MlflowStore(uri, MlflowClient(uri, registry_uri=uri), run)
-
-
-def copied(database: Path, to: Path) -> Path:
-    with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(to)) as target:
-        source.backup(target)  # includes its write-ahead log
-    return to
 
 
 @pytest.fixture(scope="session")
@@ -156,28 +121,12 @@ def chain(made_once: Callable[..., Any], quiet_torch: None, empty: Path, encoder
     It is every process's: who changes its registry takes `registry_of_chain`."""
 
     def make(folder: Path) -> PipelineOutputs:
-        made, white, exported = (
-            PipelineOutputs.create(folder, empty),
-            copy.deepcopy(encoder),
-            folder / "exported",
-        )
+        made, white = PipelineOutputs.create(folder, empty), copy.deepcopy(encoder)
         with torch.no_grad():
             for parameter in list(white.networks["generator"].parameters())[-2:]:
                 parameter.fill_(1.0)
-        export = registration.export_model
-
-        def export_or_copy(model: Model, target: Path, *rest: Any) -> None:
-            if model_is_white and exported.exists():
-                shutil.copytree(exported, target)
-                return
-            export(model, target, *rest)
-            if model_is_white:
-                shutil.copytree(target, exported)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(registration, "export_model", export_or_copy)
+        with copied_exports(folder / "exports"):
             for seed, model in enumerate((white, encoder, white)):
-                model_is_white = model is white
                 made.register_outputs.append(made.register(model, seed))
         return made
 

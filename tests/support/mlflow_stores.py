@@ -5,11 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from mlflow import MlflowClient
 
@@ -33,10 +38,12 @@ from pipelines.contracts import (
 )
 from pipelines.durable.steps import StepContext, StepId
 from pipelines.evaluation.evaluate import evaluate
+from pipelines.evaluation.methods import InpaintingMethod
 from pipelines.evaluation.model_methods import model_method
 from pipelines.evaluation.photographs import split_photographs
 from pipelines.provenance import PROVENANCE_TAG
 from pipelines.recipe import EvaluationConfig
+from pipelines.registry import registration
 from pipelines.registry.describe import VersionRow
 from pipelines.registry.step import register
 from pipelines.tracking import runs as tracking
@@ -44,6 +51,31 @@ from pipelines.tracking.runs import Tracking
 from pipelines.weights import CheckpointInfo, save_weights
 
 SIGMA = 1.5
+
+
+def copied(database: Path, to: Path) -> Path:
+    """A copy of a SQLite database, including its write-ahead log."""
+    with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(to)) as target:
+        source.backup(target)
+    return to
+
+
+@contextmanager
+def copied_exports(folder: Path) -> Iterator[None]:
+    """Inside the block, models with the same weights are exported once, which takes seconds; further exports are copies,
+    kept in `folder`."""
+    export = registration.export_model
+
+    def export_or_copy(model: Model, target: Path, *rest: Any) -> None:
+        digest = hashlib.sha256(b"".join(t.numpy().tobytes() for t in model.state_dict().values()))
+        kept = folder / digest.hexdigest()
+        if not kept.exists():
+            export(model, kept, *rest)
+        shutil.copytree(kept, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registration, "export_model", export_or_copy)
+        yield
 
 
 class Killed(BaseException):
@@ -114,6 +146,8 @@ def network_input(image: np.ndarray, mask: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(x)
 
 
+EVALUATION = EvaluationConfig(max_photos=40, sigma=SIGMA, distance=None, grid_rows=2)
+NO_BASELINES: Mapping[str, InpaintingMethod] = MappingProxyType({})
 PROVENANCE = {
     "code": {"commit": "0123456789abcdef0123", "dirty": "true"},
     "packages": {"python": "3.11.0", "torch": "2.13.0"},
@@ -129,17 +163,21 @@ class PipelineOutputs:
     tracking: Tracking
     shards: ShardOutputs
     edges_digest: str
+    size: int = 32
+    """Of its photographs, pixels."""
     run_ids: list[str] = field(default_factory=list)
     register_outputs: list[RegisterOutputs] = field(default_factory=list)
 
     @staticmethod
-    def create(folder: Path, template: Path) -> PipelineOutputs:
-        shutil.copy(template, folder / "mlflow.db")
+    def create(folder: Path, template: Path | None = None, size: int = 32) -> PipelineOutputs:
+        """`template`: an empty MLflow database, whose creation takes seconds. `size`: of the photographs."""
+        if template:
+            shutil.copy(template, folder / "mlflow.db")
         storage = open_storage(folder)
         shards, edges = storage.subfolder("work/s/a1"), storage.subfolder("work/e/a1")
         source, options = (
-            open_source("bundled", tile_size=32),
-            ShardOptions(size=32, format="png", val=0, test=0.5),
+            open_source("bundled", tile_size=size),
+            ShardOptions(size=size, format="png", val=0, test=0.5),
         )
         manifest = merge_partitions(
             [write_partition_tars(source, source.names()[::9][:60], 0, shards, options)], options, "x", shards
@@ -151,21 +189,34 @@ class PipelineOutputs:
         )
         shard_outputs = ShardOutputs((), "work/s/a1", manifest.digest, manifest.splits, 0)
         return PipelineOutputs(
-            storage, tracking_config, shard_outputs, hashlib.sha256(edges.read("edges.json")).hexdigest()
+            storage,
+            tracking_config,
+            shard_outputs,
+            hashlib.sha256(edges.read("edges.json")).hexdigest(),
+            size,
         )
 
-    def register(self, model: Model, seed: int, name: str = "encoder") -> RegisterOutputs:
-        """Run the register step for a model trained with this seed. Returns its outputs."""
+    def register(
+        self,
+        model: Model,
+        seed: int,
+        name: str = "encoder",
+        config: EvaluationConfig = EVALUATION,
+        hole_range: tuple[float, float] = (0.25, 0.25),
+        methods: Mapping[str, InpaintingMethod] = NO_BASELINES,
+    ) -> RegisterOutputs:
+        """Run the register step for a model trained with this seed on masks of the evaluation's kind. Returns its
+        outputs. `methods` are scored beside the model."""
         work = f"work/t{seed}/a1"
         info = CheckpointInfo(
             model.name,
             vars(model.options),
-            size=32,
+            size=self.size,
             sigma=SIGMA,
             steps=100,
             seed=seed,
-            masks={"center": 1.0},
-            hole_range=(0.25, 0.25),
+            masks=dict.fromkeys(config.masks, 1.0),
+            hole_range=hole_range,
         )
         folder = Path(self.storage.local_path(work) or "")
         folder.mkdir(parents=True)
@@ -173,9 +224,8 @@ class PipelineOutputs:
         run = tracking.open_run(self.tracking, f"t{seed}", "train-one")
         self.run_ids.append(run)
         tracking.log_tags(self.tracking.client(), run, {PROVENANCE_TAG: json.dumps(PROVENANCE)})
-        config = EvaluationConfig(max_photos=40, sigma=SIGMA, distance=None, grid_rows=2)
         photos = split_photographs(self.storage.subfolder("work/s/a1"), "test")
-        evaluation = evaluate({"one": model_method(model, info)}, photos, config)
+        evaluation = evaluate({"one": model_method(model, info), **methods}, photos, config)
         evaluation.save(self.storage.subfolder(f"work/v{seed}/a1").write)
         trained = TrainOutputs((), work, run, 100, None, {f"{SIGMA:g}": self.edges_digest})
         context = StepContext(
