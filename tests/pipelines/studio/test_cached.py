@@ -95,7 +95,7 @@ def test_a_failed_refresh_keeps_the_value_and_a_good_one_clears_the_error() -> N
     harness.cached.get()
     harness.run_refresh()
     assert harness.cached.get() == "a"
-    assert harness.cached.error == "the server is away"
+    assert harness.cached.error == "ValueError: the server is away"  # in one line
     failed = harness.cached.id
     assert failed != first, "the page shows the error"
     harness.fails, harness.now = "", 8.0
