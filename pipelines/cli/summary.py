@@ -113,7 +113,7 @@ def print_left_out(left_out: Mapping[str, LeftOutEntry]) -> None:
 
 
 def suggested_commands(recipe: Recipe, workflow: Workflow, name: str, tracking: Tracking) -> list[str]:
-    """Two or three commands that can be pasted in this shell; `name`: a registered model."""
+    """Three or four commands that can be pasted in this shell; `name`: a registered model."""
     program = Path(sys.argv[0])
     inpaint = shlex.quote(relative_path(program.absolute())) if program.name == "inpaint" else "inpaint"
     folder = workflow.storage.local_path()
@@ -122,7 +122,11 @@ def suggested_commands(recipe: Recipe, workflow: Workflow, name: str, tracking: 
         is_default_folder and recipe.tracking_uri is None and not os.environ.get("MLFLOW_TRACKING_URI")
     )
     tracking_option = "" if is_default_tracking else f" --tracking-uri {quote_for_shell(tracking.uri)}"
-    commands = [f"{inpaint} models show {name}@champion{tracking_option}"]
+    storage_option = "" if is_default_folder else f" --storage {quote_for_shell(workflow.storage.uri)}"
+    commands = [
+        f"{inpaint} studio --open{storage_option}{tracking_option}",
+        f"{inpaint} models show {name}@champion{tracking_option}",
+    ]
     example = write_example_files(workflow)
     if example:
         photo, mask = (shlex.quote(relative_path(path)) for path in example)

@@ -279,3 +279,4 @@ def test_suggested_commands_contain_no_password(tmp_path: Path) -> None:
     commands = suggested_commands(recipe, workflow, "context_encoder", tracking)
     assert any("--tracking-uri https://mlflow.example" in command for command in commands)
     assert "planted-9" not in " ".join(commands)
+    assert f"studio --open --storage {tmp_path}" in commands[0]
