@@ -136,6 +136,13 @@ def explain_error(error: BaseException, fallback_hint: str = "") -> str:
     return f"{action}{message}{fallback_hint}"
 
 
+def is_explained(error: BaseException) -> bool:
+    """Whether the message is the project's own, written for a user."""
+    return type(error).__module__.partition(".")[0] in PACKAGES or (
+        isinstance(error, ValueError | RuntimeError | OSError) and _raised_by_us(error) and bool(str(error))
+    )
+
+
 def user_message(error: BaseException) -> str:
     """The error for the user. Of a Ray task's error, its cause: the message of the error itself is a stack trace."""
     while isinstance(getattr(error, "cause", None), BaseException):

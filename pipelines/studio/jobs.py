@@ -13,9 +13,9 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
 
-from fastapi import APIRouter, Depends, HTTPException, Request
+from fastapi import APIRouter, HTTPException, Request
 
-from pipelines.studio.security import require_write
+from pipelines.studio.security import Writer
 from pipelines.studio.sessions import Session
 from pipelines.studio.shown import shown
 from pipelines.studio.worker import receive, send, work
@@ -105,14 +105,18 @@ class JobRunner:
         with self._lock:
             if self._closed:
                 raise ValueError("the studio is about to end")
-            waiting = [job for job in self._jobs.values() if job.session_id == session_id and not job.has_ended]
+            waiting = [
+                job for job in self._jobs.values() if job.session_id == session_id and not job.has_ended
+            ]
             if len(waiting) >= MAX_WAITING:
                 raise ValueError(f"{len(waiting)} jobs wait already: let one end, or cancel one")
             self._jobs[job.id] = job
             for old in [old for old in self._jobs.values() if old.has_ended][: len(self._jobs) - MAX_KEPT]:
                 del self._jobs[old.id]
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run_jobs, name=f"studio-{self.name}", daemon=True)
+                self._thread = threading.Thread(
+                    target=self._run_jobs, name=f"studio-{self.name}", daemon=True
+                )
                 self._thread.start()
         self._queue.put(job)
         return job
@@ -204,8 +208,14 @@ class JobRunner:
             if job.cancel_requested is not None:
                 self._end(job, "cancelled")
                 return
-            cause = f"by signal {-code}, often for lack of memory" if code and code < 0 else f"with exit code {code}"
-            self._end(job, "failed", f"the worker process ended {cause}: try again, or with a smaller photograph")
+            cause = (
+                f"by signal {-code}, often for lack of memory"
+                if code and code < 0
+                else f"with exit code {code}"
+            )
+            self._end(
+                job, "failed", f"the worker process ended {cause}: try again, or with a smaller photograph"
+            )
 
     def _end(self, job: Job, state: str, error: str | None = None) -> None:
         if not job.has_ended:
@@ -220,7 +230,10 @@ class JobRunner:
                 context = multiprocessing.get_context("spawn")
                 self._connection, other = context.Pipe()
                 process = context.Process(
-                    target=work, args=(other, self._tracking_uri), name=f"inpaint-studio-{self.name}", daemon=True
+                    target=work,
+                    args=(other, self._tracking_uri),
+                    name=f"inpaint-studio-{self.name}",
+                    daemon=True,
                 )
                 process.start()
                 other.close()
@@ -247,12 +260,12 @@ def find_job(studio: Studio, session: Session, job_id: str) -> Job:
 
 
 @router.get("/api/jobs/{job_id}")
-def get_job(job_id: str, request: Request, session: Session = Depends(require_write)) -> dict[str, Any]:
+def get_job(job_id: str, request: Request, session: Writer) -> dict[str, Any]:
     return find_job(request.app.state.studio, session, job_id).as_json()
 
 
 @router.post("/api/jobs/{job_id}/cancel")
-def cancel_job(job_id: str, request: Request, session: Session = Depends(require_write)) -> dict[str, Any]:
+def cancel_job(job_id: str, request: Request, session: Writer) -> dict[str, Any]:
     studio: Studio = request.app.state.studio
     for runner in (studio.fills, studio.comparisons):
         if job := runner.cancel(session.id, job_id):

@@ -12,10 +12,10 @@ import json
 import logging
 import re
 from http.cookies import CookieError, SimpleCookie
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 from urllib.parse import parse_qsl, urlencode
 
-from fastapi import HTTPException, Request
+from fastapi import Depends, HTTPException, Request
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -38,7 +38,9 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-READ_ONLY = "this needs the studio's token: open the link that `inpaint studio` printed, or enter it at /token"
+READ_ONLY = (
+    "this needs the studio's token: open the link that `inpaint studio` printed, or enter it at /token"
+)
 
 
 class SecurityMiddleware:
@@ -89,7 +91,9 @@ class SecurityMiddleware:
         hosts = headers.getlist("host")
         match = HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
         if not match:
-            return _answer(scope, 421, "open the studio as 127.0.0.1 or localhost: no other host name is served")
+            return _answer(
+                scope, 421, "open the studio as 127.0.0.1 or localhost: no other host name is served"
+            )
         cookie_name = f"inpaint-studio-{match[1] or 80}"  # cookies do not tell ports apart
         session = sessions.get(_read_cookie(headers, cookie_name))
         scope.setdefault("state", {})["session"] = session
@@ -199,6 +203,10 @@ async def require_write(request: Request) -> Session:
     if session is None:
         raise HTTPException(403, READ_ONLY)
     return session
+
+
+Writer = Annotated[Session, Depends(require_write)]
+"""Type of a route's argument that gets the session."""
 
 
 async def read_json(request: Request) -> dict[str, object]:
