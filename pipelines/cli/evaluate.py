@@ -180,7 +180,7 @@ def score_models(
     from pipelines.evaluation.evaluate import evaluate as run_evaluation
     from pipelines.evaluation.feature_scores import make_scorer
     from pipelines.evaluation.methods import InpaintingMethod, baseline_methods
-    from pipelines.evaluation.photographs import load_photographs
+    from pipelines.evaluation.photographs import load_photographs, resolve_size
     from pipelines.evaluation.tables import table_markdown, table_text
     from pipelines.evaluation.verdict import verdict
     from pipelines.plots.images import encode_png, sample_grid
@@ -199,7 +199,7 @@ def score_models(
     for uri in uris:
         with doing(f"loading {uri}"):
             models[uri.removeprefix("models:/")] = registry.load_model(uri, tracking_uri=tracking_uri)
-    size = predictions.resolve_size(size, masks, largest_training_size(models.values()) if models else None)
+    size = resolve_size(size, masks, largest_training_size(models.values()) if models else None)
     methods |= {key: LoadedModelMethod(model) for key, model in models.items()}
     photos = load_photographs(images, size, max_photos, split)
     config = EvaluationConfig(

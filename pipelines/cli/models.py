@@ -186,8 +186,8 @@ def _compare(args: argparse.Namespace, uri: str) -> Answer:
     if args.out:
         check_writable_file(args.out, "--out", create_parents=True)
     check_photo_source(args.images, "--images")
-    from pipelines.cli.compare import compare_models
     from pipelines.cli.progress import mask_reading_display, scoring_display
+    from pipelines.registry.model_comparison import compare_models
 
     with mask_reading_display(args.json) as on_masks, scoring_display(args.json) as on_progress:
         comparison = compare_models(

@@ -47,25 +47,13 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError("--out is missing: a folder for the table, the report and the sample grids")
 
 
-def resolve_size(size: int | None, masks: Sequence[str], model_size: int | None = None) -> int:
-    """Side of the photographs in pixels: as given, else that of a frozen mask set, else that of the models. Raises
-    ValueError if there is none of them."""
-    from data_prep.frozen_masks import frozen_sets
-
-    frozen_sizes = [frozen.manifest.size for frozen in frozen_sets(masks).values()]
-    resolved = size or next(iter(frozen_sizes), None) or model_size
-    if resolved is None:
-        raise ValueError("--size is missing: without a model, the side of the photographs in pixels")
-    return resolved
-
-
 def export(args: argparse.Namespace) -> None:
     """Write the inputs of an evaluation to the folder `args.export`."""
     from data_prep.uris import quote_for_shell
     from pipelines.check_masks import check_masks
     from pipelines.cli.progress import mask_reading_display
     from pipelines.errors import doing
-    from pipelines.evaluation.photographs import load_photographs
+    from pipelines.evaluation.photographs import load_photographs, resolve_size
     from pipelines.evaluation.predictions import export_inputs
     from pipelines.recipe import EvaluationConfig
 

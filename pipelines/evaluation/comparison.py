@@ -48,6 +48,11 @@ class PairedDifference:
         """The record in the history of aliases, and the output of --json."""
         return {_STORED.get(key, key): value for key, value in vars(self).items()}
 
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> PairedDifference:
+        """Decode the output of `as_json`; unknown keys are ignored. KeyError: a field is missing."""
+        return cls(**{name: record[_STORED.get(name, name)] for name in cls.__dataclass_fields__})
+
     @property
     def improvement(self) -> float:
         """How much better B is, in the unit of the metric; negative if B is worse."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import cv2
 import numpy as np
 
+from data_prep.frozen_masks import frozen_sets
 from data_prep.images import PhotoError, decode_photo
 from data_prep.left_out import LeftOut, left_out_lines, printable
 from data_prep.manifest import MANIFEST, load_manifest
@@ -53,6 +54,16 @@ def load_photographs(
         suffix = f"; left out: {left_out}" if left_out.total else ""
         raise ValueError(f"{uri} holds no readable photograph ({len(unreadable)} files skipped{suffix})")
     return photos
+
+
+def resolve_size(size: int | None, masks: Sequence[str], model_size: int | None = None) -> int:
+    """Side of the photographs in pixels: as given, else that of a frozen mask set, else that of the models. Raises
+    ValueError if there is none of them."""
+    frozen_sizes = [frozen.manifest.size for frozen in frozen_sets(masks).values()]
+    resolved = size or next(iter(frozen_sizes), None) or model_size
+    if resolved is None:
+        raise ValueError("--size is missing: without a model, the side of the photographs in pixels")
+    return resolved
 
 
 def center_crop_resize(photo: np.ndarray, size: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The recorded moves of aliases, stored as tags of the registered model."""
+"""The recorded moves of aliases, stored as tags of the registered model, and the state that they lead to."""
 
 from __future__ import annotations
 
@@ -79,6 +79,36 @@ class AliasMove:
 
 
 @dataclass(frozen=True)
+class AliasState:
+    """The version that has an alias, or None, and the alias's moves so far."""
+
+    version: str | None
+    moves: tuple[AliasMove, ...]
+
+    @property
+    def version_stack(self) -> list[str]:
+        """The versions that rollbacks return to, the current version last."""
+        versions: list[str] = []
+        for move in self.moves:
+            versions = _truncate_at(versions, move.from_)
+            versions = versions[:-1] if move.action == "rollback" else [*versions, move.to]
+        return _truncate_at(versions, self.version)
+
+    @property
+    def previous_version(self) -> str | None:
+        """The version that a rollback returns to; None: there is none on record."""
+        return self.version_stack[-2] if self.version and len(self.version_stack) > 1 else None
+
+    def as_json(self) -> dict[str, Any]:
+        return {"version": self.version, "moves": [move.as_json() for move in self.moves]}
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> AliasState:
+        """Decode the output of `as_json`."""
+        return cls(record["version"], tuple(AliasMove.from_record(move) for move in record["moves"]))
+
+
+@dataclass(frozen=True)
 class Rejection:
     """A version that did not become champion when it was registered."""
 
@@ -116,3 +146,13 @@ def full_history(tags: Mapping[str, str]) -> list[AliasMove]:
     return sorted(
         [move for alias in aliases for move in alias_history(tags, alias)], key=lambda move: move.when
     )
+
+
+def _truncate_at(versions: list[str], version: str | None) -> list[str]:
+    """The stack up to the last occurrence of `version`; only `version` if it does not occur.
+
+    The alias may have been set by other means, or a process may have died before it set the alias.
+    """
+    if version in versions:
+        return versions[: len(versions) - versions[::-1].index(version)]
+    return [version] if version else []

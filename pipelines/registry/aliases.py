@@ -19,7 +19,6 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -30,6 +29,7 @@ from pipelines.registry.alias_moves import (
     HISTORY_PREFIX,
     REJECTED_TAG,
     AliasMove,
+    AliasState,
     Rejection,
     alias_history,
     full_history,
@@ -54,23 +54,6 @@ SET_ALIAS_ATTEMPTS = 20  # while other processes set the same alias
 
 class ConcurrentPromotion(RegistryError):
     """Somebody else moved the alias first, so the comparison with its previous version no longer counts."""
-
-
-@dataclass(frozen=True)
-class AliasState:
-    """The version that has an alias, or None, and the alias's moves so far."""
-
-    version: str | None
-    moves: tuple[AliasMove, ...]
-
-    @property
-    def version_stack(self) -> list[str]:
-        """The versions that rollbacks return to, the current version last."""
-        versions: list[str] = []
-        for move in self.moves:
-            versions = _truncate_at(versions, move.from_)
-            versions = versions[:-1] if move.action == "rollback" else [*versions, move.to]
-        return _truncate_at(versions, self.version)
 
 
 def alias_state(name: str, alias: str = CHAMPION, tracking_uri: str | None = None) -> AliasState:
@@ -105,10 +88,7 @@ def promote(
             if new_moves and new_moves[-1].to != version:
                 raise concurrent_promotion_error(name, version, new_moves[-1])
             if not new_moves:
-                raise ConcurrentPromotion(
-                    f"{alias} of {name} was moved from version {expected.version} to {current.version} meanwhile, "
-                    "not by inpaint: try again"
-                )
+                raise _moved_elsewhere_error(name, alias, expected, current)
         number = str(model_version.version)
         if current.version == number:
             return number
@@ -128,19 +108,32 @@ def promote(
 
 
 def rollback(
-    name: str, alias: str = CHAMPION, *, reason: str = "by hand", tracking_uri: str | None = None
+    name: str,
+    alias: str = CHAMPION,
+    *,
+    reason: str = "by hand",
+    expected: AliasState | None = None,
+    tracking_uri: str | None = None,
 ) -> str:
     """Set `alias` back to the version that had it before, by the recorded history; returns that version.
 
     A second rollback goes back one version further. RegistryError: there is no earlier version, or it was deleted.
+    ConcurrentPromotion: the alias is no longer in the `expected` state.
     """
     with registry_client(tracking_uri) as client:
         current = find_alias_state(client, name, alias)
-        if current.version is None or len(current.version_stack) < 2:
+        if expected is not None and current != expected:
+            if new_moves := current.moves[len(expected.moves) :]:
+                raise ConcurrentPromotion(
+                    f"{alias} of {name} was moved meanwhile ({new_moves[-1].sentence}): it is version "
+                    f"{current.version} now, and was not rolled back"
+                )
+            raise _moved_elsewhere_error(name, alias, expected, current)
+        previous = current.previous_version
+        if previous is None:
             raise RegistryError(
                 f"{name} has no earlier {alias} on record to go back to: see inpaint models history {name}"
             )
-        previous = current.version_stack[-2]
         find_version(client, f"models:/{name}/{previous}")
         move_alias(client, name, alias, "rollback", previous, current, reason=reason)
         return previous
@@ -212,6 +205,15 @@ def move_alias(
     return decided
 
 
+def _moved_elsewhere_error(
+    name: str, alias: str, expected: AliasState, current: AliasState
+) -> ConcurrentPromotion:
+    return ConcurrentPromotion(
+        f"{alias} of {name} was moved from version {expected.version} to {current.version} meanwhile, "
+        "not by inpaint: try again"
+    )
+
+
 def concurrent_promotion_error(name: str, version: str, move: AliasMove) -> ConcurrentPromotion:
     return ConcurrentPromotion(
         f"{move.who} made version {move.to} {move.alias} of {name} at the same time, {move.when[:19]} UTC: "
@@ -258,16 +260,6 @@ def reach_consensus(
 def _load_tags(tags: Mapping[str, str], prefix: str) -> list[dict[str, Any]]:
     """The decoded values of the tags with this prefix, in the order of their keys."""
     return [json.loads(text) for key, text in sorted(tags.items()) if key.startswith(prefix)]
-
-
-def _truncate_at(versions: list[str], version: str | None) -> list[str]:
-    """The stack up to the last occurrence of `version`; only `version` if it does not occur.
-
-    The alias may have been set by other means, or a process may have died before it set the alias.
-    """
-    if version in versions:
-        return versions[: len(versions) - versions[::-1].index(version)]
-    return [version] if version else []
 
 
 def _apply_last_move(client: MlflowClient, name: str, alias: str) -> bool:

@@ -12,11 +12,12 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from pipelines.cli.compare import compare_models, format_comparison
 from pipelines.evaluation.comparison import MIN_PAIRS, bca_interval, compare_methods, paired_difference
+from pipelines.evaluation.comparison_table import format_comparison
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.methods import baseline_methods
 from pipelines.recipe import EvaluationConfig
+from pipelines.registry.model_comparison import compare_models
 from support.mlflow_stores import PipelineOutputs
 
 

@@ -21,8 +21,8 @@ from mlflow import MlflowClient
 
 from pipelines import registry
 from pipelines.registry import ConcurrentPromotion, RegistryError, aliases
-from pipelines.registry.alias_moves import AliasMove
-from pipelines.registry.aliases import AliasState, reach_consensus
+from pipelines.registry.alias_moves import AliasMove, AliasState
+from pipelines.registry.aliases import reach_consensus
 from support.mlflow_stores import Killed, MlflowStore, champion_version
 
 
@@ -213,6 +213,20 @@ def test_a_promotion_fails_if_the_alias_is_not_in_the_expected_state(five_versio
 
 
 @pytest.mark.slow
+def test_a_rollback_fails_if_the_alias_is_not_in_the_expected_state(five_versions: MlflowStore) -> None:
+    uri = five_versions.uri
+    for version in "12":
+        registry.promote("encoder", version, tracking_uri=uri)
+    seen = registry.alias_state("encoder", tracking_uri=uri)
+    assert seen.previous_version == "1"
+    registry.promote("encoder", "3", tracking_uri=uri)
+    with pytest.raises(ConcurrentPromotion, match=r"moved meanwhile \(version 3 became champion instead of"):
+        registry.rollback("encoder", expected=seen, tracking_uri=uri)
+    seen = registry.alias_state("encoder", tracking_uri=uri)
+    assert registry.rollback("encoder", expected=seen, tracking_uri=uri) == "2"
+    assert registry.alias_state("encoder", "none", uri).previous_version is None
+
+
 def test_of_concurrent_promotions_one_wins(five_versions: MlflowStore) -> None:
     """On SQLite: of the threads that start from the same state one wins, and the errors of the others name it."""
     for _ in range(4):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from pipelines.registry import (
     version_comparison,
 )
 from pipelines.registry.loaded_model import LoadedModelMethod
-from pipelines.registry.promotion import compare_and_promote
+from pipelines.registry.promotion import PromotionPlan, carry_out, compare_and_promote, plan_promotion
 from pipelines.registry.version_comparison import choose_photographs, metric_difference
 from support.mlflow_stores import PipelineOutputs, champion_version
 
@@ -173,6 +174,59 @@ def test_a_champion_that_changes_during_the_comparison_stays(monkeypatch: pytest
     with pytest.raises(ConcurrentPromotion, match="made version 3 champion of encoder at the same time"):
         compare_and_promote("encoder", "2")
     assert champion_version() == "3"
+
+
+def sent_as_json(plan: PromotionPlan) -> PromotionPlan:
+    """The plan as another process receives it."""
+    received = PromotionPlan.from_record(json.loads(json.dumps(plan.as_json())))
+    assert received == plan
+    return received
+
+
+def test_a_plan_changes_nothing_and_can_be_carried_out_by_another_process() -> None:
+    registry.promote("encoder", "3")
+    before = registry.history("encoder")
+    loaded: list[str] = []
+
+    def load_version(uri: str) -> LoadedModel:
+        loaded.append(uri)
+        return load.load_model(uri, tracking_uri=None)
+
+    plan = sent_as_json(plan_promotion("encoder", "2", load=load_version))
+    assert registry.history("encoder") == before
+    assert champion_version() == "3"
+    assert (plan.expected.version, plan.objection) == ("3", "")
+    assert loaded == ["models:/encoder/3", "models:/encoder/2"]
+    assert plan.comparison is not None
+    promotion = carry_out(plan, reason="sharper")
+    assert (promotion.previous_version, champion_version()) == ("3", "2")
+    move = registry.history("encoder")[-1]
+    assert move.reason == f"sharper; {plan.comparison} on {plan.photographs}"
+    assert move.comparison == plan.comparison.as_json() | {"images": plan.images}
+
+
+def test_a_plan_with_an_objection_needs_force() -> None:
+    plan = sent_as_json(plan_promotion("encoder", "3"))
+    assert plan.objection.startswith(
+        "encoder version 3 is worse than the champion, version 2: psnr_rgb_hole "
+    )
+    with pytest.raises(RegistryError, match="--force promotes it anyway"):
+        carry_out(plan)
+    assert champion_version() == "2"
+    carry_out(plan, force=True)
+    assert champion_version() == "3"
+    assert registry.history("encoder")[-1].forced is True
+
+
+def test_a_plan_is_refused_if_the_alias_was_moved_since(uri: str) -> None:
+    plan = plan_promotion("encoder", "3", "shadow")
+    registry.promote("encoder", "1", "shadow")
+    with pytest.raises(ConcurrentPromotion, match="made version 1 shadow of encoder at the same time"):
+        carry_out(sent_as_json(plan))
+    plan = plan_promotion("encoder", "3", "shadow")
+    MlflowClient(uri).set_registered_model_alias("encoder", "shadow", "2")
+    with pytest.raises(ConcurrentPromotion, match="from version 1 to 2 meanwhile, not by inpaint: try again"):
+        carry_out(plan)
 
 
 def test_scores_on_other_masks_are_never_compared(chain: PipelineOutputs) -> None:

@@ -1,22 +1,21 @@
-"""`inpaint models compare`: a table of paired differences with intervals, and an image of both models' results."""
+"""Two models on the same photographs and masks: paired differences with intervals, and both models' results."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from pipelines.check_masks import FolderProgressCallback, check_masks
-from pipelines.cli.predictions import resolve_size
 from pipelines.contracts import ProgressCallback
-from pipelines.evaluation.comparison import INTERVAL_NOTE, PairedDifference, compare_methods
+from pipelines.evaluation.comparison import PairedDifference, compare_methods
+from pipelines.evaluation.comparison_table import format_comparison
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.methods import InpaintingMethod
-from pipelines.evaluation.metrics import FEATURE_COLUMNS, METRIC_COLUMNS
-from pipelines.evaluation.photographs import load_photographs
+from pipelines.evaluation.photographs import load_photographs, resolve_size
 from pipelines.evaluation.protocol import Protocol
-from pipelines.evaluation.results import EvaluationResult, masks_title
+from pipelines.evaluation.results import EvaluationResult
 from pipelines.plots.images import encode_png, sample_grid
 from pipelines.recipe import EvaluationConfig, FeatureWeights
 from pipelines.registry.client import find_folder, find_version, registry_client
@@ -45,11 +44,13 @@ class Comparison:
     """Path of the image with both models side by side."""
     text: str
     """The table for a terminal."""
+    evaluation: EvaluationResult = field(repr=False)
+    """The scores and pictures behind the table; its methods are `a` and `b`."""
 
     def as_json(self) -> dict[str, Any]:
-        """The output of --json: all fields except `text`."""
+        """The output of --json: all fields except `text` and `evaluation`."""
         rows = [row.as_json() | {"verdict": row.verdict} for row in self.differences]
-        fields = {key: value for key, value in vars(self).items() if key != "text"}
+        fields = {key: value for key, value in vars(self).items() if key not in ("text", "evaluation")}
         return fields | {"protocol": self.protocol.to_dict(), "differences": rows}
 
 
@@ -110,6 +111,7 @@ def compare_models(
         set_scores=evaluation.set_scores,
         picture=str(out) if out else None,
         text=f"{text}\nside by side: {out}" if out else text,
+        evaluation=evaluation,
     )
 
 
@@ -120,58 +122,3 @@ def _model_key(model: str, tracking_uri: str | None) -> str:
     with registry_client(tracking_uri) as client:
         version = find_version(client, model)
         return f"{version.name}/{version.version}"
-
-
-def format_comparison(evaluation: EvaluationResult, rows: Sequence[PairedDifference], a: str, b: str) -> str:
-    """A table of 100 columns: the metrics of the main table per band, and the feature distances."""
-    lines = [f"A: {a}", f"B: {b}", INTERVAL_NOTE, f"digests: {evaluation.protocol.digests}"]
-    for masks in evaluation.bands:
-        mask_rows = [row for row in rows if row.masks == masks]
-        heading = f"{'hole %':<8}{'n':>5}  {'':<10}{'A':>9}{'B':>9}{'B - A':>10}  {'interval':<22}B is"
-        lines += ["", f"{masks_title(masks)}, {len(evaluation.photos)} photographs", heading]
-        last_band = ""
-        for row, name, digits in _table_rows(mask_rows):
-            row_start = " " * 13 if row.band == last_band else f"{row.band:<8}{row.n:>5}"
-            values = f"{row.mean_a:>9.{digits}f}{row.mean_b:>9.{digits}f}{row.mean_difference:>+10.{digits}f}"
-            lines.append(f"{row_start}  {name:<10}{values}  {row.interval_text:<22}{row.verdict}")
-            last_band = row.band
-        if excluded := max((row.excluded for row in mask_rows), default=0):
-            lines.append(f"{excluded} photographs with an exact result (infinite PSNR) are left out")
-        distances = [evaluation.distances.get(masks, {}).get(method, {}) for method in (a, b)]
-        if all("fd" in entry for entry in distances):
-            value_a, value_b = (f"{entry['fd']:.2f}" for entry in distances)
-            lines.append(
-                f"Frechet distance on {distances[0]['name']}: A {value_a}, B {value_b} (over all photographs, not paired)"
-            )
-        elif reason := next((entry["reason"] for entry in distances if "reason" in entry), ""):
-            lines.append(f"no Frechet distance: {reason}")
-        lines += _set_score_lines(evaluation, masks, a, b)
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _set_score_lines(evaluation: EvaluationResult, masks: str, a: str, b: str) -> list[str]:
-    """FID, KID, P-IDS and U-IDS of both models, one line each, or why there is none."""
-    scores_a, scores_b = (evaluation.set_scores.get(masks, {}).get(method, {}) for method in (a, b))
-    lines = []
-    for heading, metric, digits in FEATURE_COLUMNS if scores_a and scores_b else ():
-        if metric in scores_a and metric in scores_b:
-            values = f"A {scores_a[metric]:.{digits}f}, B {scores_b[metric]:.{digits}f}"
-            lines.append(f"{heading}: {values} (over all photographs, not paired)")
-        elif reason := scores_a["reasons"].get(metric) or scores_b["reasons"].get(metric):
-            lines.append(f"no {heading.removesuffix(' %')}: {reason}")
-    return lines
-
-
-def _table_rows(rows: Sequence[PairedDifference]) -> list[tuple[PairedDifference, str, int]]:
-    """(row, heading, decimals) of the main table's metrics by band; without total variation, which has no better."""
-    columns = (*METRIC_COLUMNS, *FEATURE_COLUMNS)
-    column_index = {
-        metric: index for index, (_, metric, _) in enumerate(columns) if not metric.startswith("tv")
-    }
-    bands = list(dict.fromkeys(row.band for row in rows))
-    table_rows = [row for row in rows if row.metric in column_index]
-    table_rows.sort(key=lambda row: (bands.index(row.band), column_index[row.metric]))
-    return [
-        (row, columns[column_index[row.metric]][0], columns[column_index[row.metric]][2])
-        for row in table_rows
-    ]
