@@ -1,6 +1,6 @@
-"""Classifies tests as fast, slow, soak or benchmark, and keeps fast tests fast.
+"""Classifies tests as fast, slow, soak, browser or benchmark, and keeps fast tests fast.
 
-A test is `fast` unless it has another mark (slow, soak, benchmark) or uses an expensive fixture. A fast test cannot
+A test is `fast` unless it has another mark (slow, soak, browser, benchmark) or uses an expensive fixture. A fast test cannot
 start servers; one that takes too long is named at the end of the run.
 """
 
@@ -21,14 +21,14 @@ import pytest
 COSTLY_FIXTURES = {"server", "gateway", "cluster", "made_once", "of_ranks", "compile_with"}
 # parameter values for which a fixture requests one of them at run time (request.getfixturevalue)
 SERVER_PARAMETERS = {"bucket", "s3", "gateway_s3"}
-OTHER_TIERS = ("slow", "soak", "benchmark")
+OTHER_TIERS = ("slow", "soak", "browser", "benchmark")
 SERVER_PROGRAMS = {"gcs_server", "raylet", "juicefs", "mlflow", "uvicorn", "gunicorn", "mlflow.server"}
 MAX_FAST_SECONDS = 4.0  # on an idle machine
 HINT = "mark it slow, or remove this"
 
 
 def tier(item: pytest.Item) -> str:
-    """The tier of a test: soak, benchmark, slow or fast."""
+    """The tier of a test: soak, browser, benchmark, slow or fast."""
     if item.path.parent.name in ("cluster", "benchmarks") and item.path.parents[1].name == "tests":
         return "slow"
     if is_soak_only(item):
