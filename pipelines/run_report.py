@@ -16,6 +16,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup, escape
 
+from pipelines.durations import format_duration
 from pipelines.evaluation.metrics import (
     EDGE_COLUMNS,
     FEATURE_COLUMNS,
@@ -27,7 +28,7 @@ from pipelines.evaluation.metrics import (
 from pipelines.evaluation.results import EvaluationResult
 from pipelines.evaluation.tables import band_tables, edge_tables, feature_tables, main_tables
 from pipelines.plots.images import Grid, encode_png
-from pipelines.plots.svg import Points, StepNode, curve_svg, format_duration, graph_svg
+from pipelines.plots.svg import Points, StepNode, curve_svg, graph_svg
 
 
 @dataclass(frozen=True)

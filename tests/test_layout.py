@@ -27,6 +27,7 @@ LAYERS = (
     (
         "data_prep",
         "models",
+        "pipelines.durations",
         "pipelines.environment",
         "pipelines.names",
         "pipelines.notices",

@@ -110,6 +110,16 @@ def add_recipe_command(
     return command
 
 
+def command_line(args: argparse.Namespace) -> str:
+    """The command as typed, quoted for a shell. Its values have no credentials: `load_recipe` refuses them."""
+    words = ["inpaint", args.command, args.recipe]
+    words += [word for change in args.set for word in ("--set", change)]
+    words += ["--storage", args.storage] if args.storage else []
+    words += ["--tracking-uri", args.tracking_uri] if args.tracking_uri else []
+    words += ["--register"] if getattr(args, "register", False) else []
+    return shlex.join(words)
+
+
 def registry_address(args: argparse.Namespace) -> str:
     """--tracking-uri, else MLFLOW_TRACKING_URI, else the default database in the folder `runs`."""
     from pipelines.tracking.runs import resolve_tracking

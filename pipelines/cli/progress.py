@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.text import Text
 
 from pipelines import notices
+from pipelines.durations import format_eta
 
 if TYPE_CHECKING:
     from pipelines.contracts import ProgressCallback
@@ -21,18 +22,6 @@ if TYPE_CHECKING:
 MIN_LINE_INTERVAL_S = 5.0  # minimum between two log lines of a step; grows to 1/20 of its time so far
 MASK_DISPLAY_DELAY_S = 2.0  # reading of masks is displayed only if it takes longer
 STATE_MARKS = {"finished": "✓", "cached": "✓", "failed": "✗", "retry": "↻", "stopped": "■"}
-
-
-def format_eta(done: float, total: float, elapsed_s: float) -> str:
-    """Remaining time at the mean rate so far, as m:ss or h:mm:ss; empty before the first progress and at the end."""
-    if not done or not total or done >= total:
-        return ""
-    remaining_s = round(elapsed_s * (total - done) / done)
-    return (
-        f"{remaining_s // 60}:{remaining_s % 60:02d}"
-        if remaining_s < 3600
-        else f"{remaining_s // 3600}:{remaining_s // 60 % 60:02d}:{remaining_s % 60:02d}"
-    )
 
 
 class _EtaColumn(ProgressColumn):

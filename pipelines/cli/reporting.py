@@ -137,7 +137,7 @@ def head_facts(
     ended: datetime,
 ) -> dict[str, str]:
     """The rows at the head of a run's report. `experiment`: its id in MLflow, '' if unknown."""
-    from pipelines.plots.svg import format_duration
+    from pipelines.durations import format_duration
     from pipelines.run_report import link
 
     size, code, seconds = manifest.options.size, code_version(), sum(step.seconds or 0.0 for step in steps)

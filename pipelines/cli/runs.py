@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines import notices
-from pipelines.cli.arguments import AddCommand, add_recipe_command, positive_int
+from pipelines.cli.arguments import AddCommand, add_recipe_command, command_line, positive_int
 
 if TYPE_CHECKING:
     from pipelines.contracts import StepKind, SweepOrigin
@@ -131,7 +131,7 @@ def _run_sweep(
     started_at = time.monotonic()
     workflow = build_sweep(recipe, tracking, evaluates=until == StepKind.REGISTER)
     _print_left_out(workflow)
-    results = _cached_results(workflow)
+    results = _cached_results(args, recipe, workflow)
     if results is None:
         results = _run_with_display(args, recipe, tracking, workflow)
         print(f"sweep finished in {time.monotonic() - started_at:.0f} s")
@@ -155,7 +155,7 @@ def _run_pipeline(
     workflow = build_workflow(recipe, tracking, until, origin)
     if origin is None:  # a sweep has printed it
         _print_left_out(workflow)
-    results = _cached_results(workflow)
+    results = _cached_results(args, recipe, workflow)
     if results is None:
         results = _run_with_display(args, recipe, tracking, workflow)
         print(f"finished in {time.monotonic() - started_at:.0f} s")
@@ -183,13 +183,15 @@ def _print_left_out(workflow: Workflow) -> None:
     print_left_out(left_out)
 
 
-def _cached_results(workflow: Workflow) -> RunResults | None:
+def _cached_results(args: argparse.Namespace, recipe: Recipe, workflow: Workflow) -> RunResults | None:
     """The results of a run whose steps are all cached; None if any is not."""
     from pipelines.durable import run_status
 
     results = workflow.finished_outputs()
     if results is not None:
-        run_status.save_workflow(workflow)  # another run may have started since
+        run_status.save_workflow(
+            workflow, command_line(args), recipe.to_yaml()
+        )  # another run may have started since
     return results
 
 
@@ -217,7 +219,7 @@ def _run_with_display(
     with mask_reading_display() as on_masks:
         check_recipe_masks(_recipes_to_train(recipe), workflow.storage, on_masks)
     with workflow.acquire_lease(lambda text: print(f"  {text}", flush=True)) as leases:
-        run_status.save_workflow(workflow)
+        run_status.save_workflow(workflow, command_line(args), recipe.to_yaml())
         notices.announce("opening the run in MLflow")
         with doing(f"opening a run in MLflow at {redact_uri(tracking.uri)}"):
             parent = open_parent_run(recipe, tracking, args.command)

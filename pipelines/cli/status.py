@@ -136,11 +136,8 @@ def _print_status(workflow: Workflow, progress: dict[str, StepProgress]) -> None
 
 
 def _format_progress(progress: StepProgress) -> str:
-    from pipelines.cli.progress import format_eta
-
-    eta = format_eta(progress.done - progress.first, progress.total - progress.first, progress.seconds)
     parts = [f"{progress.done:g}/{progress.total:g} ({progress.done / progress.total:.0%})"]
-    parts += [f"ETA {eta}"] if eta else []
+    parts += [f"ETA {progress.eta}"] if progress.eta else []
     parts += [progress.note] if progress.note else []
     return ", ".join([*parts, f"{progress.age_seconds:.0f} s ago"])
 

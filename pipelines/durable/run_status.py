@@ -13,7 +13,7 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -24,6 +24,7 @@ from data_prep.records import from_json, to_json
 from data_prep.storage import StorageError
 from pipelines.durable.steps import Step, StepEvent, StepId, canonical_json
 from pipelines.durable.workflow import Workflow
+from pipelines.durations import format_eta
 
 if TYPE_CHECKING:
     from data_prep.storage import Storage
@@ -67,6 +68,10 @@ class RecordedRun:
     steps: tuple[RecordedStep, ...]
     begun: str = ""
     """When the run was first started: UTC, ISO 8601; ''."""
+    command: str = ""
+    """The command line that repeats the run; '' if unknown, as in records of earlier releases."""
+    recipe: str = ""
+    """The recipe with its overrides, as YAML; '' if unknown."""
 
     def as_workflow(self, storage: Storage, name: str) -> Workflow:
         return Workflow(name, [step.as_step() for step in self.steps], storage)
@@ -98,6 +103,11 @@ class StepProgress:
     """The last notes of the running step, such as lost workers; oldest first."""
 
     @property
+    def eta(self) -> str:
+        """Remaining time at this run's mean rate, as m:ss or h:mm:ss; '' if unknown."""
+        return format_eta(self.done - self.first, self.total - self.first, self.seconds)
+
+    @property
     def age_seconds(self) -> float:
         """Seconds since the report, by this machine's clock."""
         return seconds_since(self.at)
@@ -108,28 +118,54 @@ def seconds_since(at: str) -> float:
     return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(at)).total_seconds())
 
 
-def save_workflow(workflow: Workflow) -> None:
-    """Record the steps of a run that starts. Keeps the record of the last run if it has all of these steps."""
+def save_workflow(workflow: Workflow, command: str = "", recipe: str = "") -> None:
+    """Record the steps of a run that starts. Keeps the record of the last run if it has all of these steps.
+
+    `command` and `recipe`: as in RecordedRun, without credentials, which the recipe's loading refuses.
+    """
     run, storage = RecordedRun(tuple(map(RecordedStep.from_step, workflow.steps))), workflow.storage
-    text = canonical_json(to_json(run))
-    key = f"{STATUS_FOLDER}/{workflow.name}{SUFFIX}"
-    history_key = f"{STATUS_FOLDER}/{workflow.name}/{hashlib.sha256(text.encode()).hexdigest()[:16]}{SUFFIX}"
+    key, history_key = record_key(workflow.name), history_record_key(workflow.name, run)
+    described = replace(run, command=command, recipe=recipe)
     if not storage.exists(history_key):
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         with suppress(PermissionError):  # a finished run in a read-only storage
-            storage.write(history_key, canonical_json(to_json(replace(run, begun=now))).encode())
+            storage.write(history_key, _record_text(replace(described, begun=now)))
     with suppress(FileNotFoundError, ValueError):
         last_run = _read(storage, key)
         if all(step in last_run.steps for step in run.steps):
+            if command and not last_run.command and last_run.steps == run.steps:  # of an earlier release
+                with suppress(PermissionError):
+                    storage.write(key, _record_text(described))
             return
-    storage.write(key, text.encode())
+    storage.write(key, _record_text(described))
+
+
+def record_key(name: str) -> str:
+    """The storage key of the record of the last run of this name."""
+    return f"{STATUS_FOLDER}/{name}{SUFFIX}"
+
+
+def history_record_key(name: str, run: RecordedRun) -> str:
+    """The storage key of the record that stays: it depends on the steps alone."""
+    digest = hashlib.sha256(_record_text(RecordedRun(run.steps))).hexdigest()[:16]
+    return f"{STATUS_FOLDER}/{name}/{digest}{SUFFIX}"
+
+
+def _record_text(run: RecordedRun) -> bytes:
+    """The record as JSON. `command` and `recipe` are left out if they are unknown: digests of old records stay."""
+    record = {name: value for name, value in to_json(run).items() if value or name in ("steps", "begun")}
+    return canonical_json(record).encode()
 
 
 def list_runs(storage: Storage) -> list[str]:
     """The names of all runs that were started in this storage."""
-    keys = [key.removeprefix(f"{STATUS_FOLDER}/") for key, _ in storage.list(STATUS_FOLDER)]
+    return run_names(key.removeprefix(f"{STATUS_FOLDER}/") for key, _ in storage.list(STATUS_FOLDER))
+
+
+def run_names(files: Iterable[str]) -> list[str]:
+    """The names of the runs whose records are among these files of the folder STATUS_FOLDER."""
     return sorted(
-        key.removesuffix(SUFFIX) for key in keys if "/" not in key and not key.endswith(PROGRESS_SUFFIX)
+        key.removesuffix(SUFFIX) for key in files if "/" not in key and not key.endswith(PROGRESS_SUFFIX)
     )
 
 
@@ -138,7 +174,7 @@ def load_workflow(storage: Storage, name: str) -> Workflow:
 
     ValueError: its record is damaged, or from a release whose steps had other keys.
     """
-    return _read(storage, f"{STATUS_FOLDER}/{name}{SUFFIX}").as_workflow(storage, name)
+    return _read(storage, record_key(name)).as_workflow(storage, name)
 
 
 def find_run(wanted: Workflow, ignored_fields: Collection[str] = ()) -> Workflow | None:
@@ -183,7 +219,12 @@ def list_differences(recorded: Workflow, wanted: Workflow, ignored_fields: Colle
 
 
 def _read(storage: Storage, key: str) -> RecordedRun:
-    data = json.loads(storage.read(key))
+    return parse_record(storage.read(key), key)
+
+
+def parse_record(text: bytes, key: str) -> RecordedRun:
+    """A run's record. ValueError: it is damaged, or from a release whose steps had other keys."""
+    data = json.loads(text)
     if isinstance(data, dict) and "given" in data:  # a field of release 0.1.0
         raise ValueError(
             f"{key} was written by an earlier release, whose steps had other keys: their work is repeated by `inpaint run`"
@@ -194,9 +235,18 @@ def _read(storage: Storage, key: str) -> RecordedRun:
 def load_progress(storage: Storage, name: str) -> dict[str, StepProgress]:
     """Step name -> its last report; empty if none was recorded."""
     with suppress(FileNotFoundError, ValueError):
-        records = json.loads(storage.read(f"{STATUS_FOLDER}/{name}{PROGRESS_SUFFIX}"))
-        return {step: from_json(StepProgress, record, step) for step, record in records.items()}
+        return parse_progress(storage.read(progress_key(name)))
     return {}
+
+
+def progress_key(name: str) -> str:
+    """The storage key of the last reports of the steps of the run of this name."""
+    return f"{STATUS_FOLDER}/{name}{PROGRESS_SUFFIX}"
+
+
+def parse_progress(text: bytes) -> dict[str, StepProgress]:
+    """Step name -> its last report. ValueError: damaged."""
+    return {step: from_json(StepProgress, record, step) for step, record in json.loads(text).items()}
 
 
 class StatusWriter:
@@ -204,7 +254,7 @@ class StatusWriter:
 
     def __init__(self, workflow: Workflow, write_seconds: float = WRITE_SECONDS) -> None:
         self.storage, self.write_seconds = workflow.storage, write_seconds
-        self.key = f"{STATUS_FOLDER}/{workflow.name}{PROGRESS_SUFFIX}"
+        self.key = progress_key(workflow.name)
         self.reports: dict[str, StepProgress] = {}
         self.first_reports: dict[str, tuple[float, float]] = {}  # step -> done and time of its first report
         self.notes: dict[str, tuple[StepNote, ...]] = {}

@@ -131,7 +131,7 @@ class Workflow:
 
     def acquire_lease(self, report: Callable[[str], None] = lambda text: None) -> lease.Lease:
         """Acquire the lease on the whole workflow. Raises LeaseHeld. `report` gets one line if it has to wait."""
-        return lease.acquire_or_wait(self.storage, f"run-{self.name}", report)
+        return lease.acquire_or_wait(self.storage, run_lease(self.name), report)
 
     def with_settings(self, **changes: Any) -> Workflow:
         """The same steps, with the same keys, and some settings changed."""
@@ -199,6 +199,10 @@ class Workflow:
         records = [decode(AttemptRecord, self.storage.read(name), name) for name in names]
         return sorted(records, key=lambda record: record.attempt)
 
+    def holder(self, key: str) -> lease.LeaseHolder | None:
+        """The driver that is running the step with this key."""
+        return lease.current_holder(self.storage, key)
+
     def _iter_manifests(self) -> Iterator[tuple[Step, str | None, StepManifest | None, str]]:
         """(step, its key or None, its manifest or None, why it has none) for each step. The key is None while inputs
         are not finished."""
@@ -219,7 +223,7 @@ class Workflow:
         if key is None:
             return StepStatus(step.id, None, "waiting", reason)
         records = self.attempts(key)
-        if manifest is None and (holder := lease.current_holder(self.storage, key)) is not None:
+        if manifest is None and (holder := self.holder(key)) is not None:
             state, reason = "running", f"{holder} since {holder.since}"
         else:
             state = "finished" if manifest else "to run"
@@ -252,6 +256,11 @@ class Workflow:
 def read_manifest(storage: Storage, key: str) -> StepManifest:
     """The manifest of the step with this key. FileNotFoundError: there is none; ValueError: it is damaged."""
     return decode(StepManifest, storage.read(manifest_path(key)), f"manifest {key}")
+
+
+def run_lease(name: str) -> str:
+    """The name of the lease on the workflow of this name."""
+    return f"run-{name}"
 
 
 def manifest_path(key: str) -> str:

@@ -10,6 +10,8 @@ from statistics import fmean
 
 from markupsafe import Markup, escape
 
+from pipelines.durations import format_duration
+
 WIDTH, HEIGHT = 320, 168
 LEFT, RIGHT, TOP, BOTTOM = 44, 8, 14, 22
 LABEL_CHAR_WIDTH, LABEL_ROW = (
@@ -131,18 +133,6 @@ def graph_svg(steps: Sequence[StepNode]) -> Markup:
             ),
         ]
     return _svg_image(width, height, "steps of the run", parts, fixed=True)
-
-
-def format_duration(seconds: float) -> str:
-    """0.4 s, 12 s, 3 min 20 s, 2 h 05 min."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    rounded = round(seconds)
-    if rounded < 60:
-        return f"{rounded} s"
-    if rounded < 3600:
-        return f"{rounded // 60} min {rounded % 60:02d} s"
-    return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"
 
 
 def _layout(steps: Sequence[StepNode]) -> tuple[list[list[str]], list[list[str]]]:

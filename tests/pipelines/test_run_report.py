@@ -10,10 +10,11 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from pipelines.durations import format_duration
 from pipelines.evaluation.evaluate import evaluate
 from pipelines.evaluation.methods import baseline_methods
 from pipelines.plots.images import Grid
-from pipelines.plots.svg import StepNode, curve_svg, format_duration, graph_svg
+from pipelines.plots.svg import StepNode, curve_svg, graph_svg
 from pipelines.recipe import EvaluationConfig
 from pipelines.run_report import (
     ReportData,

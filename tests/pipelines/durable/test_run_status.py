@@ -13,6 +13,7 @@ import pytest
 
 from data_prep.records import to_json
 from data_prep.storage import Storage, open_storage
+from pipelines.cli.arguments import command_line
 from pipelines.cli.status import status_command as show_status
 from pipelines.contracts import EdgesOutputs, ShardOutputs, StepKind
 from pipelines.durable import lease, run_status
@@ -107,6 +108,32 @@ def test_a_record_of_an_earlier_release_has_an_error_of_its_own(storage: Storage
     assert run_status.find_run(workflow(storage)) is None
     run_status.save_workflow(workflow(storage))
     assert run_status.find_run(workflow(storage)) is not None
+
+
+def test_the_record_has_the_command_and_the_recipe(storage: Storage) -> None:
+    """They change neither its digest nor what counts as the same run; a record that lacks them gets them."""
+    run = workflow(storage)
+    run_status.save_workflow(run)
+    names = [key for key, _ in storage.list("status")]
+    run_status.save_workflow(run, "inpaint run mine.yaml", "name: mine\n")
+    assert [key for key, _ in storage.list("status")] == names
+    record = run_status.parse_record(storage.read("status/mine.json"), "")
+    assert (record.command, record.recipe) == ("inpaint run mine.yaml", "name: mine\n")
+    run_status.save_workflow(run)
+    assert run_status.parse_record(storage.read("status/mine.json"), "") == record
+    run_status.save_workflow(workflow(storage, sigma=2.5), "inpaint run other.yaml")
+    assert run_status.parse_record(storage.read("status/mine.json"), "").command == "inpaint run other.yaml"
+    assert len(list(storage.list("status/mine"))) == 2
+
+
+def test_the_command_line_is_as_typed() -> None:
+    args = argparse.Namespace(
+        command="sweep", recipe="my recipe.yaml", set=["seed=1", "data.source=a b"], storage="runs"
+    )
+    args.tracking_uri, args.register = None, True
+    assert command_line(args) == (
+        "inpaint sweep 'my recipe.yaml' --set seed=1 --set 'data.source=a b' --storage runs --register"
+    )
 
 
 def test_a_damaged_record_is_replaced(storage: Storage) -> None:
