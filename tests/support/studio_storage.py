@@ -148,11 +148,12 @@ class StudioStorage:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Inside the block, this process holds the leases of the running steps."""
+        """Inside the block, this process holds the leases of the running runs and of their steps."""
         with ExitStack() as stack:
             for name, step in ((RUNNING_RUN, RUNNING_STEP), (SWEEP_RUN, "sweep")):
                 workflow = run_status.load_workflow(self.storage, name)
                 key = workflow.keys()[step_named(workflow, step).id]
+                stack.enter_context(workflow.acquire_lease())
                 stack.enter_context(lease.acquire(self.storage, key))
             yield
 
