@@ -20,7 +20,7 @@ from support.studio_storage import StudioStorage
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium", path="/usr/bin")
 NO_CHROMIUM = "chromium is not installed: apt-get install chromium"
 HERE = Path(__file__).parent
-TIMEOUT_SECONDS = 60.0  # for what a page shall show; the first fill starts a process that imports torch
+TIMEOUT_SECONDS = 30.0  # for what a page shall show
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
