@@ -214,6 +214,14 @@ def _tile_contrast(name: str, half: bool, tile_size: int) -> np.ndarray:
     return gray.reshape(rows, tile_size, columns, tile_size).std((1, 3))
 
 
+@functools.cache
+def bundled_names() -> tuple[str, ...]:
+    """The bundled photographs whose package is installed here."""
+    packages = {package for package, _, _ in _BUNDLED_PHOTOS.values()}
+    installed = {package for package in packages if importlib.util.find_spec(package)}
+    return tuple(name for name, (package, _, _) in sorted(_BUNDLED_PHOTOS.items()) if package in installed)
+
+
 @functools.lru_cache(maxsize=16)
 def bundled_photo(photo: str, half: bool = False) -> np.ndarray:
     """uint8 RGB [H,W,3]; `half` halves both sides by averaging squares of 2 x 2 pixels."""

@@ -9,7 +9,7 @@ from pipelines.inference.seam import Seam
 from pipelines.inference.tiles import MIN_TILE_SIZE, Tile
 
 if TYPE_CHECKING:
-    from pipelines.registry.loaded_model import LoadedModel
+    from pipelines.registry.loaded_model import ModelFacts
 
 MAX_HOLE_EXCESS = 1.05  # of the training's largest fraction
 # of a tile's side, as the model sees it, to that of the training crops. The demo's edge_connect (64 px) fills a hole of
@@ -18,7 +18,7 @@ MAX_HOLE_EXCESS = 1.05  # of the training's largest fraction
 MAX_TILE_RATIO = 1.5
 
 
-def hole_warning(model: LoadedModel, fractions: Sequence[float]) -> list[str]:
+def hole_warning(model: ModelFacts, fractions: Sequence[float]) -> list[str]:
     """At most one warning; `fractions` are the parts of each tile that are hole."""
     trained_range = model.info.hole_range
     if not trained_range or not fractions or max(fractions) <= MAX_HOLE_EXCESS * float(trained_range[1]):
@@ -29,7 +29,7 @@ def hole_warning(model: LoadedModel, fractions: Sequence[float]) -> list[str]:
     ]
 
 
-def tile_warning(model: LoadedModel, tiles: Sequence[Tile]) -> list[str]:
+def tile_warning(model: ModelFacts, tiles: Sequence[Tile]) -> list[str]:
     """At most one warning; none for a model that resamples the surroundings of a hole to its training size."""
     if not model.size or model.resamples_hole or not tiles:
         return []

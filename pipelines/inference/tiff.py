@@ -44,7 +44,7 @@ def is_tiff(data: bytes) -> bool:
 
 def list_pages(data: bytes) -> list[int]:
     """Numbers, from 0, of the pages, without thumbnails and transparency masks. PhotoError if the file is damaged."""
-    with _open_tiff(data) as file:
+    with open_tiff(data) as file:
         numbers = [
             number
             for number, page in enumerate(file.pages)
@@ -57,13 +57,13 @@ def list_pages(data: bytes) -> list[int]:
 
 def page_offset(data: bytes, number: int) -> int:
     """Offset of a page's IFD."""
-    with _open_tiff(data) as file:
+    with open_tiff(data) as file:
         return int(file.pages[number].offset)
 
 
 def read_page(data: bytes, number: int) -> Pixels | None:
     """The values of a page as stored; None if Pillow can read the page. PhotoError if it is damaged."""
-    with _open_tiff(data) as file:
+    with open_tiff(data) as file:
         page: Any = file.pages[number].aspage()
         extra_samples = tuple(int(value) for value in page.extrasamples)
         is_deep = page.bitspersample in (16, 32, 64) or bool({0, 1} & set(extra_samples))
@@ -148,7 +148,7 @@ def _undo_float_predictor(data: np.ndarray, dtype: np.dtype, samples: int, byte_
 
 
 @contextmanager
-def _open_tiff(data: bytes) -> Iterator[tifffile.TiffFile]:
+def open_tiff(data: bytes) -> Iterator[tifffile.TiffFile]:
     """Open with tifffile; any of its errors becomes a PhotoError."""
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:

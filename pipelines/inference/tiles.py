@@ -187,6 +187,12 @@ def downscale(
     return small, known_fraction < 0.5
 
 
+def downscale_hole(hole: np.ndarray, model_size: tuple[int, int]) -> np.ndarray:
+    """The hole, bool [h,w], that `downscale` returns."""
+    known_fraction = cv2.resize((~hole).astype(np.float32), model_size[::-1], interpolation=cv2.INTER_AREA)
+    return np.asarray(known_fraction < 0.5)
+
+
 def downscale_mask(mask: np.ndarray, model_size: tuple[int, int]) -> np.ndarray:
     """Downscale a mask, bool [h,w]: a pixel is set if any part of it is, so that thin lines stay."""
     return np.asarray(cv2.resize(mask.astype(np.float32), model_size[::-1], interpolation=cv2.INTER_AREA) > 0)

@@ -32,7 +32,7 @@ from pipelines.registry.client import (
     find_version,
     registry_client,
 )
-from pipelines.registry.loaded_model import LoadedModel
+from pipelines.registry.loaded_model import LoadedModel, VersionFacts
 from pipelines.registry.program_check import PROGRAM_FILE, sanitize_program
 from pipelines.renamed import model_options
 from pipelines.weights import INFO_FILE, WEIGHTS_FILE, CheckpointInfo, load_weights
@@ -77,17 +77,38 @@ def _load_version(uri: str, tracking_uri: str | None, device: str) -> LoadedMode
                 raise RegistryError(
                     f"{uri} (version {version.version}) cannot be read from {version.source}: {_short_message(error)}"
                 ) from error
-    record = mlmodel.metadata or {}  # `model` is the model's name; `name` may be a key of the user's
-    try:
-        info = CheckpointInfo.from_record(
-            {**record, "name": record.get("model", "")}, f"the MLmodel of {uri}"
-        )
-    except RecordError as error:
-        raise RegistryError(str(error)) from None
+    info = _version_info(mlmodel, uri)
     aliases = tuple(sorted(version.aliases))
     return LoadedModel(
         program, version.name, str(version.version), info, _hole_checker(info), device, aliases
     )
+
+
+def read_facts(name: str, version: str, *, tracking_uri: str | None = None) -> VersionFacts:
+    """What the MLmodel file of a registered version records, without its program. RegistryError as for `load_model`."""
+    uri = f"models:/{name}/{version}"
+    with (
+        registry_client(tracking_uri) as client,
+        tempfile.TemporaryDirectory(prefix="inpaint-model-") as folder,
+    ):
+        found = find_version(client, uri)
+        try:
+            download_artifact(found, "MLmodel", folder)
+            mlmodel = ModelFile.load(folder)
+        except (OSError, KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError) as error:
+            raise RegistryError(f"the MLmodel of {uri} cannot be read: {_short_message(error)}") from error
+    info = _version_info(mlmodel, uri)
+    return VersionFacts(name, version, info, _hole_checker(info))
+
+
+def _version_info(mlmodel: ModelFile, uri: str) -> CheckpointInfo:
+    record = mlmodel.metadata or {}  # `model` is the model's name; `name` may be a key of the user's
+    try:
+        return CheckpointInfo.from_record(
+            {**record, "name": record.get("model", "")}, f"the MLmodel of {uri}"
+        )
+    except RecordError as error:
+        raise RegistryError(str(error)) from None
 
 
 def load_program(version: ModelVersion, folder: str, device: str = "cpu") -> tuple[ModelFile, Any]:

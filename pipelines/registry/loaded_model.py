@@ -21,33 +21,14 @@ if TYPE_CHECKING:
     from pipelines.weights import CheckpointInfo
 
 
-@dataclass(frozen=True, repr=False)
-class LoadedModel:
-    """A model from the registry or a checkpoint folder; `complete` fills the hole of a photograph."""
+class ModelFacts:
+    """A model as its record describes it: enough to check holes and to compute edges without its program."""
 
-    forward: Callable[[torch.Tensor], torch.Tensor]
-    """float32 [B,5,H,W] -> [B,3,H,W]."""
     name: str
-    version: str | None
-    """None for a checkpoint folder."""
     info: CheckpointInfo
     """Its recorded options and training settings."""
-    check_hole: Callable[[torch.Tensor], None] | None = None
+    check_hole: Callable[[torch.Tensor], None] | None
     """Takes the mask [1,1,H,W] and raises ValueError if the model cannot fill it; None: it fills every hole."""
-    device: str = "cpu"
-    aliases: tuple[str, ...] = ()
-    """The version's aliases when it was loaded."""
-
-    def __repr__(self) -> str:
-        """One line: name, version, aliases, Canny's sigma, training size and device, as far as they are on record."""
-        origin = f"version {self.version}" if self.version else "from a checkpoint folder"
-        parts = (
-            f"{self.name} {origin}" + (f" ({', '.join(self.aliases)})" if self.aliases else ""),
-            "" if self.sigma is None else f"sigma {self.sigma:g}",
-            "" if self.size is None else f"{self.size} px",
-            self.device,
-        )
-        return f"LoadedModel({', '.join(filter(None, parts))})"
 
     @property
     def needs_edges(self) -> bool:
@@ -97,6 +78,45 @@ class LoadedModel:
         except ValueError as error:
             return str(error)
         return None
+
+
+@dataclass(frozen=True)
+class VersionFacts(ModelFacts):
+    """A registered version without its program."""
+
+    name: str
+    version: str
+    info: CheckpointInfo
+    check_hole: Callable[[torch.Tensor], None] | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class LoadedModel(ModelFacts):
+    """A model from the registry or a checkpoint folder; `complete` fills the hole of a photograph."""
+
+    forward: Callable[[torch.Tensor], torch.Tensor]
+    """float32 [B,5,H,W] -> [B,3,H,W]."""
+    name: str
+    version: str | None
+    """None for a checkpoint folder."""
+    info: CheckpointInfo
+    """Its recorded options and training settings."""
+    check_hole: Callable[[torch.Tensor], None] | None = None
+    """Takes the mask [1,1,H,W] and raises ValueError if the model cannot fill it; None: it fills every hole."""
+    device: str = "cpu"
+    aliases: tuple[str, ...] = ()
+    """The version's aliases when it was loaded."""
+
+    def __repr__(self) -> str:
+        """One line: name, version, aliases, Canny's sigma, training size and device, as far as they are on record."""
+        origin = f"version {self.version}" if self.version else "from a checkpoint folder"
+        parts = (
+            f"{self.name} {origin}" + (f" ({', '.join(self.aliases)})" if self.aliases else ""),
+            "" if self.sigma is None else f"sigma {self.sigma:g}",
+            "" if self.size is None else f"{self.size} px",
+            self.device,
+        )
+        return f"LoadedModel({', '.join(filter(None, parts))})"
 
     def complete(self, image: Any, mask: Any, edge: Any = None) -> np.ndarray:
         """The completed photograph, uint8 [H,W,3]. Known pixels equal those of `image` converted to RGB.

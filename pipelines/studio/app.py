@@ -19,6 +19,7 @@ from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from data_prep.uris import path_from_sqlite_url
 from pipelines.studio import jobs, token_page
 from pipelines.studio.cached import Cached, database_check
 from pipelines.studio.errors import add_error_handlers
@@ -64,7 +65,7 @@ def create_app(settings: StudioSettings) -> FastAPI:
         _templates(),
         Sessions(settings.token),
         Cached(
-            lambda: _load("registry_snapshot:load_registry", settings.tracking_uri),
+            lambda: _load_registry(settings.tracking_uri),
             settings.refresh_seconds,
             database_check(settings.tracking_uri),
         ),
@@ -93,6 +94,9 @@ def create_app(settings: StudioSettings) -> FastAPI:
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
     app.include_router(jobs.router)
     app.include_router(token_page.router)
+    from pipelines.studio import try_api  # uses this module
+
+    app.include_router(try_api.router)
     add_error_handlers(app)
     app.add_middleware(SlowPagesMiddleware, pages=slow_pages)
     app.add_middleware(SecurityMiddleware, studio=studio)
@@ -134,6 +138,14 @@ def _warm_up(pages: SlowPages, studio: Studio) -> None:
     for cached in (studio.registry, studio.runs):
         with suppress(ValueError):  # the pages show it
             cached.get()
+
+
+def _load_registry(tracking_uri: str) -> RegistrySnapshot:
+    """The registry; empty if there is no database yet: the pages then say how to get models."""
+    from pipelines.studio.registry_snapshot import RegistrySnapshot, load_registry
+
+    path = path_from_sqlite_url(tracking_uri)
+    return load_registry(tracking_uri) if path is None or path.exists() else RegistrySnapshot()
 
 
 def _load(name: str, address: str) -> Any:
