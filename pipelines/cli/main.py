@@ -24,13 +24,14 @@ from pipelines.cli.report import add_report
 from pipelines.cli.runs import add_plan, add_run, add_sweep, add_train
 from pipelines.cli.services import add_services
 from pipelines.cli.status import add_status
+from pipelines.cli.studio import add_studio
 from pipelines.cluster.ray_address import is_ray_job
 
 COMMANDS: tuple[Callable[[AddCommand], None], ...] = (
     *(add_run, add_plan, add_status, add_report, add_sweep, add_train, add_recipes),
     *(add_shard, add_edges, add_data, add_masks),
     *(add_evaluate, add_fill, add_import),
-    *(add_models, add_cluster_commands, add_services),
+    *(add_models, add_studio, add_cluster_commands, add_services),
     add_completion,
 )
 """Functions that add the commands, in the order of --help."""
@@ -96,6 +97,8 @@ def startup_notice(args: argparse.Namespace) -> str:
             return f"starting the {server} server"
         case "models", _:
             return f"reading {getattr(args, 'model', 'the models')} from the registry"
+        case "studio", _:
+            return "starting the studio"
         case "cluster", "up":
             return f"starting the cluster {args.name}"
         case "cluster", "down":
