@@ -8,61 +8,39 @@ import os
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import HTMLResponse
 from fastapi.staticfiles import StaticFiles
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from data_prep.uris import path_from_sqlite_url
-from pipelines.studio import jobs, token_page
+from pipelines.studio import job_api, token_page, try_api
 from pipelines.studio.cached import Cached, database_check
 from pipelines.studio.errors import add_error_handlers
 from pipelines.studio.jobs import JobRunner
-from pipelines.studio.security import SecurityMiddleware, session_of
+from pipelines.studio.security import SecurityMiddleware
 from pipelines.studio.sessions import Sessions
 from pipelines.studio.settings import StudioSettings
-from pipelines.studio.shown import age, shown, shown_address
+from pipelines.studio.state import HERE, Studio, open_templates
+from pipelines.studio.state import render as render
+from pipelines.studio.state import studio_of as studio_of
 
 if TYPE_CHECKING:  # imports MLflow, which takes two seconds: the first page does not wait for it
     from pipelines.studio.registry_snapshot import RegistrySnapshot
 
-HERE = Path(__file__).parent
 SLOW_PAGES = ("models_pages", "models_api", "runs_pages")
 """Modules whose routes are added when MLflow is imported."""
 SLOW_PATHS = ("/models", "/runs", "/api/models", "/api/runs", "/api/snapshot")
 """Beginnings of their routes: requests there wait for the import."""
 
 
-@dataclass
-class Studio:
-    """The state that all requests share; `request.app.state.studio`."""
-
-    settings: StudioSettings
-    templates: Environment
-    sessions: Sessions
-    registry: Cached[RegistrySnapshot]
-    runs: Cached[Any]
-    fills: JobRunner
-    comparisons: JobRunner
-
-    def close(self) -> None:
-        """End the worker processes and remove the sessions' files."""
-        self.fills.close()
-        self.comparisons.close()
-        self.sessions.close()
-
-
 def create_app(settings: StudioSettings) -> FastAPI:
     """The application. Its worker processes start with the first job and end with the application."""
     studio = Studio(
         settings,
-        _templates(),
+        open_templates(),
         Sessions(settings.token),
         Cached(
             lambda: _load_registry(settings.tracking_uri),
@@ -92,14 +70,14 @@ def create_app(settings: StudioSettings) -> FastAPI:
     slow_pages = SlowPages(app)
     app.state.studio = studio
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
-    app.include_router(jobs.router)
+    app.include_router(job_api.router)
     app.include_router(token_page.router)
-    from pipelines.studio import try_api  # uses this module
-
     app.include_router(try_api.router)
     add_error_handlers(app)
     app.add_middleware(SlowPagesMiddleware, pages=slow_pages)
-    app.add_middleware(SecurityMiddleware, studio=studio)
+    app.add_middleware(
+        SecurityMiddleware, sessions=studio.sessions, max_upload_bytes=settings.max_upload_bytes
+    )
     return app
 
 
@@ -151,37 +129,3 @@ def _load_registry(tracking_uri: str) -> RegistrySnapshot:
 def _load(name: str, address: str) -> Any:
     module, _, function = name.partition(":")
     return getattr(importlib.import_module(f"pipelines.studio.{module}"), function)(address)
-
-
-def _templates() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(HERE / "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(shown=shown, age=age, shown_address=shown_address)
-    return environment
-
-
-def studio_of(request: Request) -> Studio:
-    """The studio that serves a request."""
-    studio: Studio = request.app.state.studio
-    return studio
-
-
-def render(
-    request: Request, template: str, *, section: str, status: int = 200, **context: Any
-) -> HTMLResponse:
-    """A page from a template. `section` (try, models or runs) is marked in the navigation."""
-    studio, session = studio_of(request), session_of(request)
-    cached = {"models": studio.registry, "runs": studio.runs}.get(section)
-    text = studio.templates.get_template(template).render(
-        section=section,
-        csrf_token=session.csrf if session else "",
-        may_write=session is not None,
-        snapshot_id=cached.id if cached else "",
-        **context,
-    )
-    return HTMLResponse(text, status_code=status)

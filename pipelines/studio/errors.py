@@ -14,6 +14,7 @@ from data_prep.storage import StorageError
 from pipelines.errors import explain_error, is_explained
 from pipelines.studio.security import wants_json
 from pipelines.studio.shown import shown
+from pipelines.studio.state import render
 
 STATUS = {"NotRegistered": 404, "RegistryError": 409, "StorageError": 409, "NotLoaded": 503}
 TITLES = {
@@ -63,7 +64,5 @@ def reply(request: Request, status: int, text: str) -> Response:
     text = shown(text)
     if wants_json(request.scope):
         return JSONResponse({"error": text}, status)
-    from pipelines.studio.app import render  # which imports this module
-
     title = TITLES.get(status, f"Error {status}")
     return render(request, "error.html", section="", status=status, title=title, text=text)

@@ -1,4 +1,4 @@
-"""Jobs that run in a worker process, one after another, with progress and cancellation; and their routes."""
+"""Jobs that run in a worker process, one after another, with progress and cancellation."""
 
 from __future__ import annotations
 
@@ -8,27 +8,20 @@ import secrets
 import threading
 import time
 from collections import OrderedDict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fastapi import APIRouter, HTTPException, Request
-
-from pipelines.studio.security import Writer
-from pipelines.studio.sessions import Session
 from pipelines.studio.shown import shown
 from pipelines.studio.worker import receive, send, work
 
-if TYPE_CHECKING:
-    from pipelines.studio.app import Studio
-
 CANCEL_SECONDS = 2.0  # after which a job that does not react is ended with its process
 POLL_SECONDS = 0.1
+PREPARE = "prepare"  # in the queue of jobs
 MAX_WAITING = 8  # jobs of one session
 MAX_KEPT = 200  # ended jobs of a runner
-
-router = APIRouter()
 
 
 @dataclass(eq=False)
@@ -83,7 +76,7 @@ class JobRunner:
     def __init__(self, name: str, tracking_uri: str) -> None:
         self.name, self._tracking_uri = name, tracking_uri
         self._jobs: OrderedDict[str, Job] = OrderedDict()
-        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[Job | str | None] = queue.SimpleQueue()
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._process: BaseProcess | None = None
@@ -113,13 +106,17 @@ class JobRunner:
             self._jobs[job.id] = job
             for old in [old for old in self._jobs.values() if old.has_ended][: len(self._jobs) - MAX_KEPT]:
                 del self._jobs[old.id]
-            if self._thread is None:
-                self._thread = threading.Thread(
-                    target=self._run_jobs, name=f"studio-{self.name}", daemon=True
-                )
-                self._thread.start()
+            self._start_thread()
         self._queue.put(job)
         return job
+
+    def prepare(self) -> None:
+        """Start the worker process, if none runs, and let it import what jobs need: that takes seconds."""
+        with self._lock:
+            if self._closed or self.process_id is not None:
+                return
+            self._start_thread()
+        self._queue.put(PREPARE)
 
     def get(self, session_id: str, job_id: str) -> Job | None:
         """The session's job; None: it has none with this id."""
@@ -150,8 +147,18 @@ class JobRunner:
         if self._thread is not None:
             self._thread.join(5)
 
+    def _start_thread(self) -> None:
+        if self._thread is None:
+            name = f"studio-{self.name}"
+            self._thread = threading.Thread(target=self._run_jobs, name=name, daemon=True)
+            self._thread.start()
+
     def _run_jobs(self) -> None:
         while (job := self._queue.get()) is not None:
+            if isinstance(job, str):
+                with suppress(EOFError, OSError):
+                    send(self._connect(), {"prepare": True})
+                continue
             with self._lock:
                 if job.state != "waiting":
                     continue
@@ -249,25 +256,3 @@ class JobRunner:
             process.join(5)
         if connection is not None:
             connection.close()
-
-
-def find_job(studio: Studio, session: Session, job_id: str) -> Job:
-    """The session's job of either runner, or 404."""
-    for runner in (studio.fills, studio.comparisons):
-        if job := runner.get(session.id, job_id):
-            return job
-    raise HTTPException(404, "there is no such job: the studio was restarted, or it was long ago")
-
-
-@router.get("/api/jobs/{job_id}")
-def get_job(job_id: str, request: Request, session: Writer) -> dict[str, Any]:
-    return find_job(request.app.state.studio, session, job_id).as_json()
-
-
-@router.post("/api/jobs/{job_id}/cancel")
-def cancel_job(job_id: str, request: Request, session: Writer) -> dict[str, Any]:
-    studio: Studio = request.app.state.studio
-    for runner in (studio.fills, studio.comparisons):
-        if job := runner.cancel(session.id, job_id):
-            return job.as_json()
-    return find_job(studio, session, job_id).as_json()

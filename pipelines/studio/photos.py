@@ -10,7 +10,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from PIL import Image
 from data_prep.images import PhotoError, open_image
 from pipelines.inference.fill_inputs import read_hole
 from pipelines.inference.photo_file import PhotoFile, read_photo_file
+from pipelines.studio.photo import Photo
 from pipelines.studio.sessions import Session
 from pipelines.studio.uploads import FORMATS, check_upload
 
@@ -42,53 +42,6 @@ PAGE_WORDS = (
 """The command line's words -> the page's."""
 
 _decoding = threading.BoundedSemaphore(2)  # bounds the memory of decoded photographs
-
-
-@dataclass(eq=False)
-class Photo:
-    """One uploaded photograph."""
-
-    id: str
-    name: str
-    """Shown only."""
-    folder: Path
-    """Its files and those of its results."""
-    path: Path
-    width: int
-    """Upright, as all sizes here."""
-    height: int
-    format: str
-    mode: str
-    notes: list[str]
-    frames: int
-    frame: int | None
-    """From 1; None: the file has one."""
-    view: Path
-    hole_percent: float = 0.0
-    lock: threading.RLock = field(default_factory=threading.RLock)
-
-    @property
-    def mask(self) -> Path:
-        return self.folder / "mask.png"
-
-    @property
-    def lines(self) -> Path:
-        return self.folder / "lines.png"
-
-    def as_json(self) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "name": self.name,
-            "width": self.width,
-            "height": self.height,
-            "format": self.format,
-            "mode": self.mode,
-            "notes": self.notes,
-            "frames": self.frames,
-            "frame": self.frame or 1,
-            "view": f"/api/photos/{self.id}/view",
-            "hole_percent": self.hole_percent,
-        }
 
 
 class PhotoCache:

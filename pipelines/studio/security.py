@@ -12,7 +12,7 @@ import json
 import logging
 import re
 from http.cookies import CookieError, SimpleCookie
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 from urllib.parse import parse_qsl, urlencode
 
 from fastapi import Depends, HTTPException, Request
@@ -20,10 +20,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from pipelines.studio.sessions import Session
-
-if TYPE_CHECKING:
-    from pipelines.studio.app import Studio
+from pipelines.studio.sessions import Session, Sessions
 
 HOST = re.compile(r"(?:localhost|127\.0\.0\.1|\[::1\])(?::(\d{1,5}))?", re.IGNORECASE)
 READING = ("GET", "HEAD")
@@ -46,8 +43,8 @@ READ_ONLY = (
 class SecurityMiddleware:
     """The outermost application: checks requests, adds headers, and turns unexpected errors into one line."""
 
-    def __init__(self, app: ASGIApp, studio: Studio) -> None:
-        self._app, self._studio = app, studio
+    def __init__(self, app: ASGIApp, sessions: Sessions, max_upload_bytes: int) -> None:
+        self._app, self._sessions, self._max_upload_bytes = app, sessions, max_upload_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -87,7 +84,7 @@ class SecurityMiddleware:
 
     def _check(self, scope: Scope) -> Response | None:
         """The refusal of a request, or the redirect that exchanges the token; None: the routes answer it."""
-        headers, sessions = Headers(scope=scope), self._studio.sessions
+        headers = Headers(scope=scope)
         hosts = headers.getlist("host")
         match = HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
         if not match:
@@ -95,7 +92,7 @@ class SecurityMiddleware:
                 scope, 421, "open the studio as 127.0.0.1 or localhost: no other host name is served"
             )
         cookie_name = f"inpaint-studio-{match[1] or 80}"  # cookies do not tell ports apart
-        session = sessions.get(_read_cookie(headers, cookie_name))
+        session = self._sessions.get(_read_cookie(headers, cookie_name))
         scope.setdefault("state", {})["session"] = session
         if scope["method"] in READING:
             return self._exchange_token(scope, cookie_name)
@@ -122,7 +119,7 @@ class SecurityMiddleware:
         if not tokens:
             return None
         # wrong ones are not counted: any web page could use them up by such links, and the token has 192 bits
-        if not self._studio.sessions.is_token(tokens[0]):
+        if not self._sessions.is_token(tokens[0]):
             scope["state"]["wrong_token"] = True
             scope["path"], scope["raw_path"], scope["query_string"] = TOKEN_PATH, TOKEN_PATH.encode(), b""
             return None
@@ -130,12 +127,12 @@ class SecurityMiddleware:
         path = scope.get("raw_path", b"/").decode("latin-1").split("?")[0]
         path = f"/{path.lstrip('/')}"  # //host would be another site's address
         response = Response(status_code=303, headers={"Location": f"{path}?{query}" if query else path})
-        set_session_cookie(response, cookie_name, self._studio.sessions.open())
+        set_session_cookie(response, cookie_name, self._sessions.open())
         return response
 
     def _max_bytes(self, scope: Scope) -> int:
         is_upload = scope["path"].startswith("/api/photos")
-        return self._studio.settings.max_upload_bytes if is_upload else MAX_BODY_BYTES
+        return self._max_upload_bytes if is_upload else MAX_BODY_BYTES
 
     def _too_large(self, scope: Scope, length: str) -> str:
         limit = self._max_bytes(scope) / 2**20

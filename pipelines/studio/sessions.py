@@ -11,10 +11,8 @@ import time
 from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from pipelines.studio.photos import Photo
+from pipelines.studio.photo import Photo
 
 MAX_SESSIONS = 32
 MAX_FAILURES, FAILURE_SECONDS = 10, 60.0

@@ -6,14 +6,13 @@ from fastapi import APIRouter, HTTPException, Request
 from starlette.responses import JSONResponse, Response
 
 from pipelines.studio.security import read_json, set_session_cookie
+from pipelines.studio.state import render, studio_of
 
 router = APIRouter()
 
 
 @router.get("/token")
 def token_page(request: Request) -> Response:
-    from pipelines.studio.app import render  # which imports this module
-
     wrong = bool(request.scope["state"].get("wrong_token"))
     return render(request, "token.html", section="", status=403 if wrong else 200, wrong=wrong)
 
@@ -21,7 +20,7 @@ def token_page(request: Request) -> Response:
 @router.post("/token")
 async def enter_token(request: Request) -> Response:
     """Exchange {"token": ...} for a session."""
-    sessions = request.app.state.studio.sessions
+    sessions = studio_of(request).sessions
     if sessions.is_blocked():
         raise HTTPException(429, "too many wrong tokens: wait a minute")
     token = (await read_json(request)).get("token")

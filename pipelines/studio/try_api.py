@@ -14,11 +14,12 @@ from fastapi.responses import FileResponse, Response
 from data_prep.sources import bundled_names, bundled_photo
 from pipelines.inference.preview import MAX_TILE_SIZE, check_fill, edges_inside, known_edges, tile_inputs
 from pipelines.studio import photos
-from pipelines.studio.app import Studio, render, studio_of
 from pipelines.studio.fill_jobs import FUNCTION, SUFFIXES
 from pipelines.studio.jobs import Job
-from pipelines.studio.photos import Photo, add_photo, find_photo
+from pipelines.studio.photo import Photo
+from pipelines.studio.photos import add_photo, find_photo
 from pipelines.studio.security import Writer, read_json
+from pipelines.studio.state import Studio, render, studio_of
 from pipelines.studio.uploads import shown_name
 from pipelines.studio.versions import details_json, find_summary, summary_json, version_facts
 
@@ -76,6 +77,7 @@ def sample_thumb(name: str) -> Response:
 
 @router.post("/api/photos/sample/{name}")
 def add_sample(request: Request, session: Writer, name: str) -> dict[str, Any]:
+    studio_of(request).fills.prepare()
     pixels = bundled_photo(_check_sample(name))
     data = cv2.imencode(".png", pixels[..., ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
     return add_photo(session, data, f"{name}.png", studio_of(request).settings.max_pixels).as_json()
@@ -86,6 +88,7 @@ async def upload_photo(request: Request, session: Writer, frame: int | None = No
     if frame is not None and frame < 1:
         raise HTTPException(400, f"frame {frame}: the first is 1")
     data, max_pixels = await request.body(), studio_of(request).settings.max_pixels
+    studio_of(request).fills.prepare()
     photo = await run_in_threadpool(add_photo, session, data, shown_name(request), max_pixels, frame)
     return photo.as_json()
 

@@ -9,8 +9,8 @@ from fastapi import HTTPException
 
 if TYPE_CHECKING:
     from pipelines.registry.loaded_model import VersionFacts
-    from pipelines.studio.app import Studio
     from pipelines.studio.registry_snapshot import VersionSummary
+    from pipelines.studio.state import Studio
 
 MAX_CACHED = 500
 

@@ -107,7 +107,9 @@ def work(connection: Connection, tracking_uri: str) -> None:
             message = receive(connection)
         except (EOFError, OSError):
             return
-        if "job" not in message:  # a cancel that came after its job's end
+        if message.get("prepare"):
+            importlib.import_module("pipelines.registry.load")
+        if "job" not in message:  # or a cancel that came after its job's end
             continue
         context = JobContext(message["job"], connection, models)
         try:
