@@ -98,6 +98,9 @@ export class Comparison extends EventTarget {
       return button;
     }));
     byId("results").replaceChildren(...this.results.map((result) => this.#card(result)));
+    for (const tag of byId("grid").querySelectorAll("[data-at]")) {
+      tag.setAttribute("aria-pressed", String(Number(tag.dataset.at) === this.index));
+    }
     this.divider.setAttribute("aria-label", `Divider between the photograph and ${this.current ? nameOf(this.current) : "the result"}`);
     this.dispatchEvent(new Event("change"));
   }
@@ -196,8 +199,13 @@ export class Comparison extends EventTarget {
     return Array.from({ length: count }, (_, at) => at + 1).reduce((best, each) => (scale(each) > scale(best) ? each : best), 1);
   }
 
-  #cell({ name, image, error }) {
-    const tag = make("div", { className: "tag left", textContent: name });
+  #cell({ name, image, error, at }) {
+    const tag = make(at === undefined ? "div" : "button", { className: "tag left", textContent: name });
+    if (at !== undefined) {
+      Object.assign(tag, { type: "button", disabled: !image, title: "Choose for the download and the slider" });
+      tag.dataset.ownPointer = tag.dataset.at = String(at);
+      tag.addEventListener("click", () => this.choose(at));
+    }
     if (!image) return make("div", { className: "stage failed" }, make("p", { textContent: error ?? "No result" }), tag);
     const canvas = make("canvas", { role: "img", "aria-label": name });
     const cell = make("div", { className: "stage hand" }, canvas, tag);

@@ -37,8 +37,8 @@ export function listNotes(list, notes) {
 
 /** A percentage with one digit where it matters. */
 export function percent(value) {
-  if (value > 0 && value < 0.1) return "under 0.1 %";
-  return `${value.toFixed(value < 10 ? 1 : 0)} %`;
+  if (value > 0 && value < 0.1) return "under 0.1\u00a0%";
+  return `${value.toFixed(value < 10 ? 1 : 0)}\u00a0%`;
 }
 
 /** Seconds as a person says them. */

@@ -26,16 +26,20 @@ export function attachEdges(editor, versions, sync) {
 
   function update() {
     const able = takers();
-    byId("edges").hidden = byId("edge-tools").hidden = able.length === 0;
-    if (!able.length && editor.isPen) editor.choose("brush");
+    byId("edges").hidden = able.length === 0;
+    showTools(able.length > 0 && show.checked);
     const before = select.value;
     select.replaceChildren(...able.map((version) => make("option", {
       value: version.id, textContent: `${title(version)}${version.sigma ? `, σ ${version.sigma}` : ""}`,
     })));
     if (able.some(({ id }) => id === before)) select.value = before;
-    byId("edges-of-row").hidden = able.length === 0;
     describe(able);
     if (select.value !== before || !able.length) refresh();
+  }
+
+  function showTools(on) {
+    byId("edge-tools").hidden = byId("edges-more").hidden = !on;
+    if (!on && editor.isPen) editor.choose("brush");
   }
 
   function describe(able) {
@@ -69,7 +73,10 @@ export function attachEdges(editor, versions, sync) {
     return loadImage(`/api/photos/${editor.photo.id}/edges?${query}`);
   }
 
-  show.addEventListener("change", refresh);
+  show.addEventListener("change", () => {
+    showTools(show.checked);
+    refresh();
+  });
   select.addEventListener("change", () => {
     describe(takers());
     refresh();

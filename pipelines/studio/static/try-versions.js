@@ -1,7 +1,7 @@
 // The list of versions, and the one to four that are chosen. Hundreds of versions stay quick: few rows are drawn.
 
 import { api } from "./studio.js";
-import { byId, debounce, listNotes, make, percent } from "./try-dom.js";
+import { byId, debounce, listNotes, make } from "./try-dom.js";
 
 const MOST = 4;
 const NEWEST = 3; // of each model, besides those with an alias, until all are asked for
@@ -180,10 +180,10 @@ function shortDate(created) {
 /** What a version was trained on, in one line. */
 function trained({ model, size, sigma, masks, hole_range: range }) {
   const parts = [];
-  if (size) parts.push(`${size} × ${size} px`);
-  if (range) parts.push(`holes of ${percent(100 * range[0]).replace(" %", "")} to ${percent(100 * range[1])}`);
-  if (masks) parts.push(`${masks} masks`);
-  if (sigma) parts.push(`edges at σ ${sigma}`);
+  if (size) parts.push(`${size}\u00a0×\u00a0${size}\u00a0px`);
+  if (range) parts.push(`holes of ${Math.round(100 * range[0])} to ${Math.round(100 * range[1])}\u00a0%`);
+  if (masks?.length) parts.push(`${[masks].flat().join(", ")} masks`);
+  if (sigma) parts.push(`edges at σ\u00a0${sigma}`);
   if (!parts.length) return model ?? "";
   return `Trained on ${parts.join(", ")}`;
 }

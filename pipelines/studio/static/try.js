@@ -64,7 +64,7 @@ function showPhoto(photo, image) {
 function showFrames({ frames, frame }) {
   byId("frame-choice").hidden = !(frames > 1 && file);
   byId("frame").replaceChildren(...Array.from({ length: frames ?? 1 }, (_, at) => make("option", {
-    value: String(at), textContent: `${at + 1} of ${frames}`, selected: at === frame,
+    value: String(at + 1), textContent: `${at + 1} of ${frames}`, selected: at + 1 === frame,
   })));
 }
 
@@ -227,7 +227,10 @@ async function fill() {
     showHole();
     if (!holeFraction) throw new Error("Paint the hole first: what it covers is filled.");
   };
-  const request = { photo: photo.id, versions: [...versions.chosen], blend: byId("blend").checked, format: byId("format").value };
+  const request = {
+    photo: photo.id, versions: [...versions.chosen], blend: byId("blend").checked, format: byId("format").value,
+    max_tile_size: Number(byId("tile").value),
+  };
   try {
     const done = await filling.run(prepare, request);
     if (photo !== editor.photo) return;
@@ -250,6 +253,7 @@ async function showResult(done) {
 function setMode(mode) {
   byId("editor").dataset.mode = mode;
   byId("last-result").hidden = !comparison.results.length;
+  byId("editor").scrollIntoView({ block: "start" }); // on a narrow screen the panel may have been in view
 }
 
 comparison.addEventListener("change", () => {
