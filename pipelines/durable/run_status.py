@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from data_prep.records import from_json, to_json
+from data_prep.records import decode, from_json, to_json
 from data_prep.storage import StorageError
 from pipelines.durable.steps import Step, StepEvent, StepId, canonical_json
 from pipelines.durable.workflow import Workflow
@@ -246,7 +246,8 @@ def progress_key(name: str) -> str:
 
 def parse_progress(text: bytes) -> dict[str, StepProgress]:
     """Step name -> its last report. ValueError: damaged."""
-    return {step: from_json(StepProgress, record, step) for step, record in json.loads(text).items()}
+    records = decode(dict[str, Any], text, "progress")
+    return {step: from_json(StepProgress, record, step) for step, record in records.items()}
 
 
 class StatusWriter:

@@ -89,7 +89,17 @@ def read_trial(storage: Storage, folder: FolderKey, number: int) -> StoredTrial:
 
 
 def _read_key(storage: Storage, key: str) -> StoredTrial:
-    stored = decode(dict[str, Any], storage.read(key), key)
+    return parse_trial(storage.read(key), key)
+
+
+def is_trial_file(name: str) -> bool:
+    """Whether a file in the folder of trials is that of a trial."""
+    return name.endswith(".json") and name[:4].isdigit()
+
+
+def parse_trial(text: bytes, key: str) -> StoredTrial:
+    """The text of a trial's file. ValueError in one line if it is damaged."""
+    stored = decode(dict[str, Any], text, key)
     fields = {field: stored.pop(name) for field, name in _STORED.items() if name in stored}
     return from_json(StoredTrial, fields | stored, key)
 
@@ -106,7 +116,7 @@ class TrialStore:
         self.by_number: dict[int, StoredTrial] = {}
         """trial number -> trial"""
         for key, _ in storage.list(folder):
-            if key.endswith(".json") and key.rpartition("/")[2][:4].isdigit():
+            if is_trial_file(key.rpartition("/")[2]):
                 trial = _read_key(storage, key)
                 self.by_number[trial.record.number] = trial
         self.earlier_seconds = self._read_seconds()
