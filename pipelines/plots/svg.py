@@ -118,7 +118,7 @@ def graph_svg(steps: Sequence[StepNode]) -> Markup:
         )
         parts += [
             Markup('<rect class="node {}" x="{:.0f}" y="{:.0f}" width="{}" height="{}" rx="8"/>').format(
-                step.state if step.state in ("finished", "failed") else "open",
+                _node_class(step.state),
                 left,
                 top,
                 NODE_WIDTH,
@@ -133,6 +133,12 @@ def graph_svg(steps: Sequence[StepNode]) -> Markup:
             ),
         ]
     return _svg_image(width, height, "steps of the run", parts, fixed=True)
+
+
+def _node_class(state: str) -> str:
+    """finished, failed, or `open` and the state's first word: running 52% -> open running."""
+    word = state.partition(" ")[0]
+    return word if word in ("finished", "failed") else f"open {word}".strip()
 
 
 def _layout(steps: Sequence[StepNode]) -> tuple[list[list[str]], list[list[str]]]:

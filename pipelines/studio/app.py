@@ -20,6 +20,7 @@ from pipelines.studio import job_api, token_page, try_api
 from pipelines.studio.cached import Cached, database_check
 from pipelines.studio.errors import add_error_handlers
 from pipelines.studio.jobs import JobRunner
+from pipelines.studio.runs_cache import cached_runs
 from pipelines.studio.security import SecurityMiddleware
 from pipelines.studio.sessions import Sessions
 from pipelines.studio.settings import StudioSettings
@@ -47,7 +48,7 @@ def create_app(settings: StudioSettings) -> FastAPI:
             settings.refresh_seconds,
             database_check(settings.tracking_uri),
         ),
-        Cached(lambda: _load("runs_snapshot:load_runs", settings.storage_uri), settings.refresh_seconds),
+        cached_runs(settings.storage_uri, settings.refresh_seconds),
         JobRunner("fills", settings.tracking_uri),
         JobRunner("comparisons", settings.tracking_uri),
     )

@@ -121,13 +121,14 @@ class RunsReader:
         is_sweep = any(step.kind == "sweep" for step in steps)
         metrics, trials = self._trials(workflow, steps)
         history = self._history(name)
+        begun = _begun(record, history, steps)
         command, is_recorded = record.run.command, bool(record.run.command)
         return RunView(
             name,
             state,
             kind=SWEEP if is_sweep else RUN,
-            begun=_begun(record, history, steps),
-            ended="" if state in (RUNNING, WAITING) else _ended(steps),
+            begun=begun,
+            ended="" if state in (RUNNING, WAITING) else max(_ended(steps), begun),
             holder=holder,
             steps=steps,
             metrics=metrics,

@@ -19,6 +19,7 @@ from pipelines.studio.shown import age, shown, shown_address
 
 if TYPE_CHECKING:  # imports MLflow, which takes two seconds: the first page does not wait for it
     from pipelines.studio.registry_snapshot import RegistrySnapshot
+    from pipelines.studio.run_views import RunsSnapshot
 
 HERE = Path(__file__).parent
 
@@ -31,7 +32,7 @@ class Studio:
     templates: Environment
     sessions: Sessions
     registry: Cached[RegistrySnapshot]
-    runs: Cached[Any]
+    runs: Cached[RunsSnapshot]
     fills: JobRunner
     comparisons: JobRunner
 
