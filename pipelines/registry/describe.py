@@ -141,7 +141,7 @@ def show(uri: str, tracking_uri: str | None = None) -> VersionDetails | ModelDet
         version = find_version(client, uri)
         model = find_model(client, version.name)
         number = str(version.version)
-        mlmodel = _read_mlmodel(version)
+        mlmodel = read_mlmodel(version)
         metadata: Mapping[str, Any] = (mlmodel and mlmodel.metadata) or {}
         training_run = metadata.get("training_run")
         example = (mlmodel.saved_input_example_info or {}) if mlmodel else {}
@@ -215,7 +215,7 @@ def _version_metrics(client: MlflowClient, version: ModelVersion) -> dict[str, f
     return dict(sorted(version_scores(version, logged).items()))
 
 
-def _read_mlmodel(version: ModelVersion) -> ModelFile | None:
+def read_mlmodel(version: ModelVersion) -> ModelFile | None:
     """The version's MLmodel file; None if its files were deleted or are unreachable."""
     with tempfile.TemporaryDirectory(prefix="inpaint-show-") as folder:
         try:

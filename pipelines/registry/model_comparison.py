@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from pipelines.plots.images import encode_png, sample_grid
 from pipelines.recipe import EvaluationConfig, FeatureWeights
 from pipelines.registry.client import find_folder, find_version, registry_client
 from pipelines.registry.load import load_model
-from pipelines.registry.loaded_model import LoadedModelMethod, largest_training_size
+from pipelines.registry.loaded_model import LoadedModel, LoadedModelMethod, largest_training_size
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def compare_models(
     max_photos: int = 100,
     seed: int = 0,
     size: int | None = None,
+    split: str = "test",
     grid_rows: int = 6,
     out: Path | None = None,
     hole: Sequence[str] | None = None,
@@ -70,24 +71,26 @@ def compare_models(
     tracking_uri: str | None = None,
     on_masks: FolderProgressCallback | None = None,
     on_progress: ProgressCallback | None = None,
+    load: Callable[[str], LoadedModel] | None = None,
 ) -> Comparison:
     """Score two models, versions or checkpoint folders, on the same photographs and masks.
 
-    `hole`: the values of the hole in mask folders. `features`: weights for LPIPS, FID and so on. `on_masks` is called
-    while mask folders are read, `on_progress` while photographs are scored. ValueError in one line: no such model, both
-    the same, no photographs, or a hole that one of the models cannot complete.
+    `split`: of a folder of shards. `hole`: the values of the hole in mask folders. `features`: weights for LPIPS, FID and
+    so on. `on_masks` is called while mask folders are read, `on_progress` while photographs are scored. `load` loads a
+    model (default: registry.load_model). ValueError in one line: no such model, both the same, no photographs, or a hole
+    that one of the models cannot complete.
     """
     check_masks(masks, hole, on_masks)
     keys = [_model_key(model, tracking_uri) for model in (a, b)]
     if len(set(keys)) < 2:
         raise ValueError(f"{a} and {b} are the same, {keys[0]}: there is nothing to compare")
     key_a, key_b = keys
+    uris = [key if find_folder(model) else f"models:/{key}" for key, model in zip(keys, (a, b))]
     models = {
-        key: load_model(key if find_folder(model) else f"models:/{key}", tracking_uri=tracking_uri)
-        for key, model in zip(keys, (a, b))
+        key: load(uri) if load else load_model(uri, tracking_uri=tracking_uri) for key, uri in zip(keys, uris)
     }
     size = resolve_size(size, masks, largest_training_size(models.values()))
-    photos = load_photographs(images, size, max_photos)
+    photos = load_photographs(images, size, max_photos, split)
     methods: dict[str, InpaintingMethod] = {key: LoadedModelMethod(model) for key, model in models.items()}
     config = EvaluationConfig(
         masks=masks, max_photos=None, seed=seed, grid_rows=grid_rows, hole=hole, features=features

@@ -14,7 +14,7 @@ _CREDENTIALS = re.compile(r"(?<=://)[^/@\s'\"]+@")
 _SCHEMES = re.compile(r"\b(?:file|sqlite(?:\+\w+)?):/+(?=/)", re.IGNORECASE)
 _DOUBLE_SLASH = re.compile(r"(?<![:\w/])//+(?=\w)")
 _QUOTED = re.compile(r"(['\"`])(/(?!/)[^'\"`\n]*)\1")
-_PATH = re.compile(r"(?<![\w.\-/…~*<>\])%}])/(?!/)[^\s'\"`<>|,;()\[\]{}]*[\w…]")
+_PATH = re.compile(r"(?<![\w.\-/…~*<>\])%}])(?<!models:)(?<!runs:)/(?!/)[^\s'\"`<>|,;()\[\]{}]*[\w…]")
 
 
 def shown(value: Any, keep: str = "") -> str:
