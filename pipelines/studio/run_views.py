@@ -36,7 +36,7 @@ class StepView:
     """Of the last attempt; None while it runs, and if there was none."""
     attempts: int = 0
     errors: tuple[str, ...] = ()
-    """Of the failed attempts, oldest first."""
+    """Of the failed attempts, oldest first, without their numbers."""
     progress: StepProgress | None = None
     host: str = ""
 
@@ -44,6 +44,11 @@ class StepView:
     def error(self) -> str:
         """Why the last attempt failed; '' if it did not, or if the step runs again."""
         return self.errors[-1] if self.errors and self.state in (FAILED, INTERRUPTED) else ""
+
+    @property
+    def earlier_errors(self) -> list[str]:
+        """What else went wrong in earlier attempts, oldest first."""
+        return [error for error in dict.fromkeys(self.errors[:-1]) if error != self.error]
 
     @property
     def fraction(self) -> float:
@@ -116,7 +121,9 @@ class RunView:
     ended: str = ""
     """When its last step ended; '' while it runs."""
     holder: str = ""
-    """The process that runs it, and since when."""
+    """The process that runs it."""
+    held_since: str = ""
+    """UTC, ISO 8601."""
     steps: tuple[StepView, ...] = ()
     metrics: tuple[str, ...] = ()
     """Of a sweep; the first one ranks its trials."""

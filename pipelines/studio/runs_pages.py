@@ -34,6 +34,7 @@ CHIPS = {
     "stopped": "warn",
 }
 """State of a run, step or trial -> class of its chip."""
+STEP_CHIPS = CHIPS | {"waiting": ""}
 
 
 @router.get("/runs")
@@ -129,18 +130,20 @@ def _find(studio: Studio, name: str) -> RunView:
 def _helpers(studio: Studio) -> dict[str, object]:
     return {
         "chips": CHIPS,
+        "step_chips": STEP_CHIPS,
         "duration": format_duration,
         "storage_address": redact_uri(studio.settings.storage_uri),
         "short_field": lambda path: path.rpartition(".")[2],
         "number": _number,
+        "score": lambda value: "" if value is None else f"{value:#.4g}",
     }
 
 
 def _node(step: StepView) -> StepNode:
-    state = step.state
+    state, seconds = step.state, step.seconds
     if step.progress and step.progress.total:
-        state += f" {step.fraction:.0%}"
-    return StepNode(step.name, step.needs, step.elapsed, state, step.key, step.kind, step.subject)
+        state += f" {100 * step.fraction:.0f} %"
+    return StepNode(step.name, step.needs, seconds, state, step.key, step.kind, step.subject)
 
 
 def _number(value: object) -> str:

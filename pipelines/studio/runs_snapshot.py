@@ -15,6 +15,7 @@ from datetime import datetime, timedelta
 from data_prep.storage import Storage, StorageError, open_storage
 from data_prep.uris import quote_for_shell
 from pipelines.durable import lease, run_status
+from pipelines.durable.lease import LeaseHolder
 from pipelines.durable.run_status import StepProgress
 from pipelines.durable.workflow import run_lease
 from pipelines.errors import explain_error
@@ -68,7 +69,8 @@ class RunsReader:
         """List the folders; what it returns differs when a run has changed, or when a process that held a run died."""
         for folder in (*LISTED, *sorted(self.trial_folders)):
             self.files.list_folder(folder)
-        holders = tuple(self._holder(name.removesuffix(".lock")) for name in self.files.names(LEASES))
+        names = [name.removesuffix(".lock") for name in self.files.names(LEASES)]
+        holders = tuple(str(self._holder(name)) for name in names)
         return self.files.state((*LISTED, *sorted(self.trial_folders))), holders
 
     def load(self) -> RunsSnapshot:
@@ -83,15 +85,14 @@ class RunsReader:
         runs.sort(key=lambda run: (run.is_active, run.last_activity), reverse=True)
         return RunsSnapshot(self.storage.uri, tuple(runs))
 
-    def _holder(self, name: str) -> str:
-        """The live holder of a lease; '' if there is none."""
+    def _holder(self, name: str) -> LeaseHolder | None:
+        """The live holder of a lease."""
         if not self.files.exists(LEASES, f"{name}.lock"):
-            return ""
+            return None
         try:
-            holder = lease.current_holder(self.storage, name)
+            return lease.current_holder(self.storage, name)
         except (OSError, StorageError):  # of another user
-            return ""
-        return "" if holder is None else f"{holder} since {holder.since}"
+            return None
 
     def _reports(self) -> dict[str, tuple[Report, ...]]:
         """Run -> its reports, newest first."""
@@ -129,7 +130,8 @@ class RunsReader:
             kind=SWEEP if is_sweep else RUN,
             begun=begun,
             ended="" if state in (RUNNING, WAITING) else max(_ended(steps), begun),
-            holder=holder,
+            holder=str(holder) if holder else "",
+            held_since=_iso(holder.since) if holder else "",
             steps=steps,
             metrics=metrics,
             trials=trials,
@@ -228,6 +230,14 @@ def likely_command(name: str, is_sweep: bool, storage: Storage) -> str:
     recipe = name.removesuffix(SWEEP_SUFFIX) if is_sweep else name
     file = recipe if recipe in shipped_recipes() else f"{recipe}.yaml"
     return f"inpaint {'sweep' if is_sweep else 'run'} {file} --storage {quote_for_shell(storage.uri)}"
+
+
+def _iso(at: str) -> str:
+    """A time that a holder wrote; '' if it is none."""
+    try:
+        return datetime.fromisoformat(at).isoformat()
+    except ValueError:
+        return ""
 
 
 def _begun(record: SeenRecord, history: Iterable[SeenRecord], steps: Iterable[StepView]) -> str:

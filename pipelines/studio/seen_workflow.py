@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ from pipelines.durable.workflow import AttemptRecord, Driver, StepStatus, Workfl
 from pipelines.studio.run_views import FAILED, INTERRUPTED, TO_RUN, StepView
 from pipelines.studio.storage_files import StorageFiles
 
+_ATTEMPT = re.compile(r"^attempt \d+: ")
 MANIFESTS, ATTEMPTS, LEASES = "manifests", "attempts", "leases"
 
 
@@ -33,8 +35,10 @@ def parse_seen_record(text: bytes, key: str) -> SeenRecord:
         run = run_status.parse_record(text, key)
         steps = tuple(step.as_step() for step in run.steps)
     except ValueError as error:
-        problem = str(error)
-        raise ValueError(problem if problem.startswith(key) else f"{key} is damaged: {problem}") from None
+        text = str(error)
+        if not text.startswith(key):
+            text = f"{key} is damaged; the next run of this name writes it anew: {text}"
+        raise ValueError(text) from None
     return SeenRecord(run, steps, run_status.history_record_key("", run))
 
 
@@ -99,12 +103,12 @@ class SeenWorkflow(Workflow):
             subject=step.id.subject,
             needs=tuple(id.name for id in step.needs),
             state=state,
-            reason=status.reason,
+            reason="" if state == "running" else status.reason,
             key=status.key or "",
             started=manifest.started if manifest else last.started if last else "",
             seconds=seconds,
             attempts=status.attempts,
-            errors=status.errors,
+            errors=tuple(_ATTEMPT.sub("", error) for error in status.errors),
             host=(manifest.host if manifest else last.host if last else ""),
         )
 
