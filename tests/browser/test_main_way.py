@@ -1,0 +1,78 @@
+"""The main way through the studio; the part of the tests in a browser that `make test` runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from playwright.sync_api import Page, expect
+
+from support.studio_browser import accessibility_faults, screenshots
+from support.studio_try import TryPage, check_result, press, read_mask, tab_to, write_photo
+
+pytestmark = pytest.mark.slow
+
+
+def test_try_by_mouse(page: Page, tmp_path: Path) -> None:
+    photo, source = TryPage(page), write_photo(tmp_path / "a photo.png")
+    photo.open_file(source)
+    assert photo.size == (300, 200)
+    photo.paint_box(120, 60, 180, 110)
+    photo.choose("edges v1", "edges v2")
+    hole = photo.saved_mask()
+    expected = np.zeros((200, 300), bool)
+    expected[60:110, 120:180] = True
+    assert (hole ^ expected).mean() < 0.01
+    assert photo.hole_percent() == pytest.approx(100 * hole.mean(), abs=0.1)
+    assert accessibility_faults(page, ("light",)) == []
+    photo.fill()
+
+    page.get_by_role("button", name="Side by side").click()
+    for name in ("Photograph", "edges v1", "edges v2"):
+        expect(page.get_by_role("img", name=name)).to_be_visible()
+    page.get_by_role("button", name="Slider").click()
+    before = photo.divider.get_attribute("aria-valuenow")
+    box = photo.divider.bounding_box()
+    assert box
+    page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] - 60, box["y"] + box["height"] / 2, steps=4)
+    page.mouse.up()
+    assert int(photo.divider.get_attribute("aria-valuenow") or 0) < int(before or 0)
+    assert accessibility_faults(page, ("dark",)) == []
+
+    result = photo.download()
+    assert result.suggested_filename == "a photo-filled.png"
+    check_result(result, source, hole)
+    np.testing.assert_array_equal(read_mask(photo.download("Download mask")), hole)
+
+
+def test_try_by_keyboard(page: Page) -> None:
+    """From the printed link to the downloaded result."""
+    photo = TryPage(page)
+    expect(page.get_by_role("button", name="Cat", exact=True)).to_be_visible()
+    tab_to(page, "^Cat$")
+    press(page, ["Enter"])
+    expect(photo.stage).to_be_focused()
+    press(
+        page, ["r", *["ArrowUp"] * 3, "Space", *["Shift+ArrowRight"] * 2, *["Shift+ArrowDown"] * 2, "Space"]
+    )
+    expect(photo.hole).not_to_contain_text("none")
+    tab_to(page, "^edges v2")
+    if not photo.version("edges v2").is_checked():
+        press(page, ["Space"])
+    tab_to(page, "^Fill$")
+    press(page, ["Enter"])
+    photo.expect_result()
+    expect(photo.divider).to_be_focused()
+    press(page, ["ArrowLeft", "ArrowLeft"])
+    expect(photo.divider).to_have_attribute("aria-valuenow", "46")
+    tab_to(page, "^Download result$")
+    with page.expect_download() as download:
+        press(page, ["Enter"])
+    assert re.fullmatch(r"chelsea-filled\.\w+", download.value.suggested_filename)
+    press(page, ["Escape"])
+    expect(photo.fill_button).to_be_visible()
+    screenshots(page, "try-hole")
