@@ -73,12 +73,16 @@ class TryPage:
         self.drag((left, top), (right, bottom))
         expect(self.hole).not_to_contain_text("none")
 
+    def show_edges(self) -> None:
+        self.page.get_by_role("checkbox", name="Show and draw").check()
+        expect(self.tool("Edge pen")).to_be_visible()
+
     @property
     def hole(self) -> Locator:
         return self.page.get_by_role("heading", name=re.compile("^Hole"))
 
     def hole_percent(self) -> float:
-        found = re.search(r"([\d.]+) %", self.hole.inner_text())
+        found = re.search(r"([\d.]+)\s%", self.hole.inner_text())
         return float(found[1]) if found else 0.0
 
     def saved_mask(self) -> np.ndarray:
@@ -129,7 +133,7 @@ class TryPage:
 
     def download(self, link: str = "Download result") -> Download:
         with self.page.expect_download() as download:
-            self.page.get_by_role("link", name=link).click()
+            self.page.get_by_role("link", name=link, exact=True).click()
         return download.value
 
     def painted(self, layer: str) -> int:

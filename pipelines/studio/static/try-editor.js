@@ -182,7 +182,8 @@ export class Editor extends EventTarget {
     const middle = { x: (stroke.x + x) / 2, y: (stroke.y + y) / 2 };
     this.#paint((context) => {
       context.moveTo(from.x, from.y);
-      context.quadraticCurveTo(stroke.x, stroke.y, middle.x, middle.y);
+      if (middle.x === from.x && middle.y === from.y) context.lineTo(from.x + 0.01, from.y); // a line of no length is not drawn
+      else context.quadraticCurveTo(stroke.x, stroke.y, middle.x, middle.y);
     }, [from, stroke, middle]);
     Object.assign(stroke, { x, y, middle });
   }
