@@ -20,7 +20,7 @@ from pipelines.evaluation.metrics import (
 )
 from pipelines.registry.client import RegistryError
 from pipelines.registry.searching import split_column
-from pipelines.studio.charts import BandPanel, BandPoint, VersionPoint
+from pipelines.studio.charts import MAX_INTERVALS, BandPanel, BandPoint, VersionPoint
 from pipelines.studio.registry_snapshot import ModelSummary, VersionSummary
 from pipelines.studio.version_details import StoredScores, stored_scores, version_files
 
@@ -147,10 +147,11 @@ def version_points(
     is given."""
     scored = [version for version in model.versions if choice.column in version.scores]  # newest first
     reference = protocol_of(scored[0], choice.metric) if scored else ""
+    many = len(scored) > MAX_INTERVALS  # their chart shows no intervals
     until, points = time.monotonic() + INTERVAL_SECONDS, []
     for version in sorted(scored, key=lambda version: not version.aliases):
         interval = None
-        if tracking_uri and time.monotonic() < until:
+        if tracking_uri and (version.aliases or not many) and time.monotonic() < until:
             interval = _interval(version, choice.column, tracking_uri, storage_uri)
         point = VersionPoint(
             version=version.version,
