@@ -34,7 +34,7 @@ PAGE_WORDS = (
     (r"white means hole; Invert", "white means hole; Invert"),
     (r"; choose one with --hole VALUE", ": save the mask with white for the hole and black for the rest"),
     (r"; --max-tile-size \d+ downscales it, or train", "; train"),
-    (r"--blend hides it", "Hide the seam hides it"),
+    (r"--blend hides it", "Blend the seam hides it"),
     (r"; write a PNG to keep them: --out \S+", "; download a PNG to keep them"),
     (r"--(?:out|edges) \S+: ", ""),
     (r": choose one with --frame N, 1 to (\d+); only that one is written", r": choose one, 1 to \1"),

@@ -125,7 +125,7 @@ class SecurityMiddleware:
             return None
         query = urlencode([pair for pair in pairs if pair[0] != "token"])
         path = scope.get("raw_path", b"/").decode("latin-1").split("?")[0]
-        path = f"/{path.lstrip('/')}"  # //host would be another site's address
+        path = "/" + path.lstrip("/\\")  # //host would be another site's address, and browsers take \ for /
         response = Response(status_code=303, headers={"Location": f"{path}?{query}" if query else path})
         set_session_cookie(response, cookie_name, self._sessions.open())
         return response
@@ -148,7 +148,8 @@ class SecurityMiddleware:
             message = await receive()
             count += len(message.get("body", b""))
             if count > limit:
-                await _drain(receive, DRAIN_FACTOR * limit)
+                if message.get("more_body"):
+                    await _drain(receive, DRAIN_FACTOR * limit)
                 raise HTTPException(413, self._too_large(scope, ""))
             return message
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ FORMATS = {
 }
 """Pillow's names of the formats that are taken -> suffix of the file in the session's folder."""
 TAKEN = "the studio takes JPEG, PNG, TIFF, WebP, BMP, PPM and PGM"
+GIGANTIC = re.compile(r"Image size \((\d+) pixels\)")  # in the error of Pillow, which opens no such file
 MAX_NAME_CHARS = 80
 MAX_BYTES_PER_PIXEL = 16  # of a decoded TIFF: four channels of 32 bits; more count as more pixels
 MAX_FRAME_PIXELS = 4  # times the limit: to decode a frame of an animation, all before it are decoded
@@ -82,11 +84,13 @@ def check_upload(data: bytes, name: str, max_pixels: int, frame: int | None = No
             return _tiff_header(data, name, max_pixels, frame)
         with open_image(data, max_pixels=10**12) as image:
             kind, width, height = str(image.format), image.width, image.height
-            if kind not in FORMATS:
-                raise HTTPException(400, f"{name} is in none of the formats: {TAKEN}")
-            _check_pixels(name, width, height, max_pixels)
+        if kind not in FORMATS:
+            raise HTTPException(400, f"{name} is in none of the formats: {TAKEN}")
+        _check_pixels(name, width, height, max_pixels)
         numbers, word = list_frames(data)
     except PhotoError as error:
+        if found := GIGANTIC.search(str(error.__context__)):
+            raise HTTPException(413, _too_many_pixels(name, "", int(found[1]), max_pixels)) from None
         raise HTTPException(400, f"{name} cannot be read: {error}") from None
     count = 1 if kind in SINGLE_PHOTO_FORMATS else len(numbers)
     if (frame or 1) * width * height > MAX_FRAME_PIXELS * max_pixels:
@@ -113,8 +117,12 @@ def _tiff_header(data: bytes, name: str, max_pixels: int, frame: int | None) -> 
 
 def _check_pixels(name: str, width: int, height: int, max_pixels: int) -> None:
     if width * height > max_pixels:
-        raise HTTPException(
-            413,
-            f"{name} has {width} x {height} px, {width * height / 1e6:,.1f} megapixels; the studio takes up to "
-            f"{max_pixels / 1e6:g}: scale it down, or use `inpaint fill`",
-        )
+        size = f"{width} x {height} px, "
+        raise HTTPException(413, _too_many_pixels(name, size, width * height, max_pixels))
+
+
+def _too_many_pixels(name: str, size: str, pixels: int, max_pixels: int) -> str:
+    return (
+        f"{name} has {size}{pixels / 1e6:,.1f} megapixels; the studio takes up to {max_pixels / 1e6:g}: "
+        "scale it down, or use `inpaint fill`"
+    )
