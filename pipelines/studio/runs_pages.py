@@ -15,6 +15,7 @@ from pipelines.plots.svg import StepNode, graph_svg
 from pipelines.report_files import REPORTS_FOLDER
 from pipelines.studio.cached import Cached, NotLoaded
 from pipelines.studio.run_views import STATES, RunsSnapshot, RunView, StepView
+from pipelines.studio.runs_snapshot import storage_option
 from pipelines.studio.state import Studio, render, studio_of
 from pipelines.tracking.pages import version_page
 
@@ -133,6 +134,7 @@ def _helpers(studio: Studio) -> dict[str, object]:
         "step_chips": STEP_CHIPS,
         "duration": format_duration,
         "storage_address": redact_uri(studio.settings.storage_uri),
+        "demo_command": f"inpaint run demo{storage_option(studio.settings.storage_uri)}",
         "short_field": lambda path: path.rpartition(".")[2],
         "number": _number,
         "score": lambda value: "" if value is None else f"{value:#.4g}",

@@ -7,13 +7,14 @@ of a step failed, and *interrupted* if it ended without an error: it was stopped
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timedelta
 
 from data_prep.storage import Storage, StorageError, open_storage
-from data_prep.uris import quote_for_shell
+from data_prep.uris import is_s3_uri, quote_for_shell
 from pipelines.durable import lease, run_status
 from pipelines.durable.lease import LeaseHolder
 from pipelines.durable.run_status import StepProgress
@@ -53,6 +54,7 @@ from pipelines.sweeps.trial_store import is_trial_file, parse_trial, trial_store
 LISTED = (run_status.STATUS_FOLDER, MANIFESTS, ATTEMPTS, LEASES, REPORTS_FOLDER)
 BUCKET_THREADS = 8  # that read from a bucket at once
 DEFAULT_METRICS = ("psnr_rgb_hole", "fd")  # of the recipe's `sweep.metrics`
+DEFAULT_STORAGE = "runs"  # of the recipe
 SWEEP_SUFFIX = "-sweep"  # of the name of a sweep's run
 
 
@@ -229,7 +231,13 @@ def likely_command(name: str, is_sweep: bool, storage: Storage) -> str:
     """The command of a run whose record has none: it starts a shipped recipe of its name, or a file of its name."""
     recipe = name.removesuffix(SWEEP_SUFFIX) if is_sweep else name
     file = recipe if recipe in shipped_recipes() else f"{recipe}.yaml"
-    return f"inpaint {'sweep' if is_sweep else 'run'} {file} --storage {quote_for_shell(storage.uri)}"
+    return f"inpaint {'sweep' if is_sweep else 'run'} {file}{storage_option(storage.uri)}"
+
+
+def storage_option(uri: str) -> str:
+    """`--storage` for a command in the folder in which the studio was started; '' for the default, `runs`."""
+    address = uri if is_s3_uri(uri) else os.path.relpath(uri)
+    return "" if address == DEFAULT_STORAGE else f" --storage {quote_for_shell(address)}"
 
 
 def _iso(at: str) -> str:

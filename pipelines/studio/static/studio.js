@@ -60,15 +60,34 @@ if (document.querySelector("[data-live]")) {
     try {
       const { snapshot } = await api("GET", `/api/snapshot?section=${location.pathname.split("/")[1] || "try"}`);
       if (snapshot === seen) return;
-      seen = snapshot;
-      const page = new DOMParser().parseFromString(await (await fetch(location.href)).text(), "text/html");
+      const response = await fetch(location.href);
+      if (!response.ok) return;
+      const page = new DOMParser().parseFromString(await response.text(), "text/html");
+      let renewed = true;
       for (const element of document.querySelectorAll("[data-live]")) {
         const fresh = page.getElementById(element.id);
-        if (fresh && fresh.innerHTML !== element.innerHTML && !element.contains(document.activeElement)) {
-          element.innerHTML = fresh.innerHTML;
-        }
+        if (fresh && fresh.innerHTML !== element.innerHTML) renewed = renew(element, fresh) && renewed;
       }
+      if (renewed) seen = snapshot;
     } catch { /* the next check tries again */ }
   };
   setInterval(check, 3000);
+  document.addEventListener("visibilitychange", check);
+}
+
+/** Replace an element's content; focus, open details and scroll positions stay. False: somebody is typing in it. */
+function renew(element, fresh) {
+  const active = document.activeElement;
+  if (element.querySelector("dialog[open]")) return false;
+  if (element.contains(active) && active.matches("input, textarea, select")) return false;
+  const all = (selector) => [...element.querySelectorAll(selector)];
+  const focusable = "a[href], button, summary, [tabindex]";
+  const focused = all(focusable).indexOf(active);
+  const open = all("details").map((details) => details.open);
+  const left = all(".scroll").map((box) => box.scrollLeft);
+  element.replaceChildren(...fresh.childNodes);
+  all("details").forEach((details, index) => { details.open = open[index] ?? details.open; });
+  all(".scroll").forEach((box, index) => { box.scrollLeft = left[index] ?? 0; });
+  if (focused >= 0) all(focusable)[focused]?.focus({ preventScroll: true });
+  return true;
 }

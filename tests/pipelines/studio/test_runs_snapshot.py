@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,7 @@ def test_a_sweep_has_its_trials_and_the_best_is_marked(made: StudioStorage) -> N
     ]
     assert [trial.record.number for trial in sweep.trials if trial.is_best] == [1]
     assert sweep.trial_counts == {"finished": 2, "stopped": 1, "failed": 1, "running": 1}
-    assert sweep.command == f"inpaint sweep context_encoder-lambda --storage {made.folder}"
+    assert sweep.command == f"inpaint sweep context_encoder-lambda --storage {os.path.relpath(made.folder)}"
     assert not sweep.is_command_recorded
 
 
