@@ -26,7 +26,7 @@ from support.studio_storage import FAILED_RUN, RUNNING_RUN, SWEEP_RUN, StudioSto
 RUNS, ROUNDS, POLL_SECONDS = 50, 30, 3.0  # POLL_SECONDS: as studio.js
 FIRST_SECONDS, MEDIAN_SECONDS, CHANGE_SECONDS, IDLE_CORES = 2.0, 0.7, 10.0, 1 / 3
 SLACK = 1.5  # for a machine that does other work too
-PAGES = ("/", "/models", "/models/facades", "/models/facades/499", "/runs", f"/runs/{FAILED_RUN}")
+PAGES = ("/", "/models", "/models/facades", "/models/facades/299", "/runs", f"/runs/{FAILED_RUN}")
 FIRST_PAGES = ("/", "/models", "/runs")
 PROMOTED = "7"
 
