@@ -182,7 +182,10 @@ class RunView:
         """The reason that the list shows: the first failed step's, else the first interrupted one's."""
         failed = [step for step in self.steps if step.error]
         failed.sort(key=lambda step: step.state != FAILED)
-        return self.problem or (f"{failed[0].name}: {failed[0].error}" if failed else "")
+        if self.problem or not failed:
+            return self.problem
+        name, error = failed[0].name, failed[0].error
+        return error if error.startswith(name) else f"{name}: {error}"
 
     @property
     def trial_counts(self) -> dict[str, int]:

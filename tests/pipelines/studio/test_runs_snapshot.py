@@ -89,7 +89,7 @@ def test_states_progress_and_results(made: StudioStorage) -> None:
     assert step.progress is not None
     assert [note.text for note in step.progress.notes] == ["resuming from step 80 with 2 workers"]
     failed = runs[FAILED_RUN]
-    assert failed.last_error == f"train-edge_connect: {ERROR}"
+    assert failed.last_error == ERROR  # which begins with the step's name
     assert failed.seconds == pytest.approx(3 * 75 + 12.5)
     finished = runs[FINISHED_RUN]
     assert finished.fraction == 1
