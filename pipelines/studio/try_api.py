@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import cv2
-from fastapi import APIRouter, HTTPException, Request
+from fastapi import APIRouter, HTTPException, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, Response
 
 from data_prep.sources import bundled_names, bundled_photo
 from pipelines.inference.preview import MAX_TILE_SIZE, check_fill, edges_inside, known_edges, tile_inputs
+from pipelines.inference.tiles import MIN_TILE_SIZE
 from pipelines.studio import photos
 from pipelines.studio.fill_jobs import FUNCTION, SUFFIXES
 from pipelines.studio.jobs import Job
@@ -24,6 +25,8 @@ from pipelines.studio.uploads import shown_name
 from pipelines.studio.versions import details_json, find_summary, summary_json, version_facts
 
 MAX_VERSIONS = 4
+MOST_TILE_SIZE = 2048
+TileSize = Annotated[int, Query(ge=MIN_TILE_SIZE, le=MOST_TILE_SIZE)]
 THUMB_PIXELS = 192  # long side
 SAMPLE_TITLES = {
     "astronaut": "Portrait",
@@ -144,7 +147,12 @@ async def put_lines(request: Request, session: Writer, photo_id: str) -> dict[st
 
 @router.get("/api/photos/{photo_id}/edges")
 def get_edges(
-    request: Request, session: Writer, photo_id: str, version: str, inside: bool = False
+    request: Request,
+    session: Writer,
+    photo_id: str,
+    version: str,
+    inside: bool = False,
+    max_tile_size: TileSize = MAX_TILE_SIZE,
 ) -> Response:
     studio, photo = studio_of(request), find_photo(session, photo_id)
     facts = version_facts(studio, find_summary(studio, version))
@@ -153,21 +161,23 @@ def get_edges(
     hole = photos.read_mask(photo)
     rgb = photos.cache.rgb(photo, hole)
     compute = edges_inside if inside else known_edges
-    return Response(photos.edges_png(compute(facts, rgb, hole)), media_type="image/png")
+    return Response(photos.edges_png(compute(facts, rgb, hole, max_tile_size)), media_type="image/png")
 
 
 @router.post("/api/photos/{photo_id}/checks")
 async def check_photo(request: Request, session: Writer, photo_id: str) -> dict[str, Any]:
     photo, body = find_photo(session, photo_id), await read_json(request)
-    return await run_in_threadpool(_check_photo, studio_of(request), photo, _version_ids(body))
+    return await run_in_threadpool(
+        _check_photo, studio_of(request), photo, _version_ids(body), _tile_size(body)
+    )
 
 
-def _check_photo(studio: Studio, photo: Photo, version_ids: list[str]) -> dict[str, Any]:
+def _check_photo(studio: Studio, photo: Photo, version_ids: list[str], max_tile_size: int) -> dict[str, Any]:
     """`tiles` are those of the first version."""
     hole, tiles, warnings = photos.read_mask(photo), None, []
     for version_id in version_ids:
         facts = version_facts(studio, find_summary(studio, version_id))
-        inputs = list(tile_inputs(facts, hole)) if hole.any() else []
+        inputs = list(tile_inputs(facts, hole, max_tile_size)) if hole.any() else []
         texts = check_fill(facts, inputs)
         warnings += [{"version": version_id, "text": photos.for_page(text, {})} for text in texts]
         if tiles is None:
@@ -203,9 +213,7 @@ def _submit_fill(studio: Studio, session: Writer, photo: Photo, body: dict[str, 
     wanted = body.get("format", "same")
     if wanted not in ("same", "png", "jpeg", "tiff"):
         raise HTTPException(400, f"format {str(wanted)[:20]}: same, png, jpeg or tiff")
-    max_tile_size = body.get("max_tile_size", MAX_TILE_SIZE)
-    if not isinstance(max_tile_size, int) or not 32 <= max_tile_size <= 2048:
-        raise HTTPException(400, "max_tile_size: 32 to 2048 pixels")
+    max_tile_size = _tile_size(body)
     folder = photos.new_results_folder(photo)
     arguments = {
         "photo": str(photo.path),
@@ -264,6 +272,13 @@ def _result_path(studio: Studio, session: Writer, job_id: str, index: int) -> Pa
 def _result_name(studio: Studio, session: Writer, job_id: str, index: int) -> str:
     job = _find_fill(studio, session, job_id, index)
     return str(job.result["versions"][index]["name"])
+
+
+def _tile_size(body: dict[str, Any]) -> int:
+    max_tile_size = body.get("max_tile_size", MAX_TILE_SIZE)
+    if not isinstance(max_tile_size, int) or not MIN_TILE_SIZE <= max_tile_size <= MOST_TILE_SIZE:
+        raise HTTPException(400, f"max_tile_size: {MIN_TILE_SIZE} to {MOST_TILE_SIZE} pixels")
+    return max_tile_size
 
 
 def _version_ids(body: dict[str, Any]) -> list[str]:

@@ -35,10 +35,9 @@ export function listNotes(list, notes) {
   list.replaceChildren(...notes.map(({ text, kind = "" }) => make("li", { className: kind, textContent: text })));
 }
 
-/** A percentage with one digit where it matters. */
+/** A percentage with one digit. */
 export function percent(value) {
-  if (value > 0 && value < 0.1) return "under 0.1\u00a0%";
-  return `${value.toFixed(value < 10 ? 1 : 0)}\u00a0%`;
+  return value > 0 && value < 0.1 ? "under 0.1\u00a0%" : `${value.toFixed(1)}\u00a0%`;
 }
 
 /** Seconds as a person says them. */

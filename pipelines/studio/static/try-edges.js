@@ -33,21 +33,12 @@ export function attachEdges(editor, versions, sync) {
       value: version.id, textContent: `${title(version)}${version.sigma ? `, σ ${version.sigma}` : ""}`,
     })));
     if (able.some(({ id }) => id === before)) select.value = before;
-    describe(able);
     if (select.value !== before || !able.length) refresh();
   }
 
   function showTools(on) {
     byId("edge-tools").hidden = byId("edges-more").hidden = !on;
     if (!on && editor.isPen) editor.choose("brush");
-  }
-
-  function describe(able) {
-    const version = able.find(({ id }) => id === select.value) ?? able[0];
-    if (!version) return;
-    byId("edges-note").textContent = version.needs_edges
-      ? "This model follows the lines that you draw in the hole with the edge pen (P)."
-      : "Draw lines in the hole with the edge pen (P). Without lines, the model makes its own edges.";
   }
 
   /** Read the known edges again, if they are shown: they depend on the hole. */
@@ -69,7 +60,7 @@ export function attachEdges(editor, versions, sync) {
 
   async function read(extra) {
     await sync.send();
-    const query = `version=${encodeURIComponent(select.value)}${extra}&t=${Date.now()}`; // never from the cache
+    const query = `version=${encodeURIComponent(select.value)}${extra}&max_tile_size=${byId("tile").value}&t=${Date.now()}`; // never from the cache
     return loadImage(`/api/photos/${editor.photo.id}/edges?${query}`);
   }
 
@@ -77,10 +68,7 @@ export function attachEdges(editor, versions, sync) {
     showTools(show.checked);
     refresh();
   });
-  select.addEventListener("change", () => {
-    describe(takers());
-    refresh();
-  });
+  select.addEventListener("change", refresh);
   byId("own-edges").addEventListener("click", async () => {
     try {
       editor.loadLines(await read("&inside=1"));

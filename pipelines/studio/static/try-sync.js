@@ -55,6 +55,6 @@ export class Sync {
 }
 
 /** What the studio says of the hole for the chosen versions: {hole_percent, tiles, warnings}. */
-export function check(photo, versions) {
-  return api("POST", `/api/photos/${photo.id}/checks`, { versions });
+export function check(photo, versions, tileSize) {
+  return api("POST", `/api/photos/${photo.id}/checks`, { versions, max_tile_size: tileSize });
 }

@@ -125,7 +125,9 @@ export class Versions extends EventTarget {
       if (shown.length < ranked.length) parts.push(this.#more(name, ranked.length));
     }
     if (!parts.length) parts.push(make("p", { className: "soft small", textContent: words.length ? "No version matches." : "No model is registered." }));
+    const focused = document.activeElement?.dataset.version; // is kept when the list is read again
     byId("version-list").replaceChildren(...parts);
+    if (focused) byId("version-list").querySelector(`[data-version="${CSS.escape(focused)}"]`)?.focus();
   }
 
   #row(version) {

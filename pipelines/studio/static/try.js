@@ -12,6 +12,7 @@ import { Sync, check } from "./try-sync.js";
 import { Versions } from "./try-versions.js";
 
 const QUIET_MS = 400; // after the last stroke, before the hole is sent
+const REFRESH_MS = 5000; // between two questions whether there are other versions
 
 const editor = new Editor(byId("stage"));
 const versions = new Versions();
@@ -141,7 +142,7 @@ const settle = debounce(QUIET_MS, async () => {
 async function checkHole(photo = editor.photo) {
   if (!photo || !holeFraction || !versions.chosen.length) return versions.warn([]);
   try {
-    const { warnings } = await check(photo, versions.chosen);
+    const { warnings } = await check(photo, versions.chosen, tileSize());
     if (photo === editor.photo) versions.warn(warnings);
   } catch (error) {
     toast(error.message, "bad");
@@ -209,6 +210,33 @@ async function loadVersions() {
   }
 }
 
+/** The option "Largest tile", within its limits. */
+function tileSize() {
+  const { value, min, max } = byId("tile");
+  return Math.min(Number(max), Math.max(Number(min), Math.round(Number(value)) || 512));
+}
+
+byId("tile").addEventListener("change", () => {
+  byId("tile").value = String(tileSize());
+  edges.refresh();
+  checkHole();
+});
+
+/** List versions that were registered, promoted or removed elsewhere. */
+async function watchVersions() {
+  let seen = document.body.dataset.snapshot;
+  for (;;) {
+    await new Promise((resolve) => setTimeout(resolve, REFRESH_MS));
+    if (document.hidden) continue;
+    try {
+      const { snapshot } = await api("GET", "/api/snapshot?section=try");
+      if (snapshot !== seen) await versions.load();
+      seen = snapshot;
+      byId("no-models").hidden = versions.all.length > 0;
+    } catch { /* the next question tries again */ }
+  }
+}
+
 // ---- fill and result
 
 function message(text) {
@@ -229,7 +257,7 @@ async function fill() {
   };
   const request = {
     photo: photo.id, versions: [...versions.chosen], blend: byId("blend").checked, format: byId("format").value,
-    max_tile_size: Number(byId("tile").value),
+    max_tile_size: tileSize(),
   };
   try {
     const done = await filling.run(prepare, request);
@@ -308,4 +336,4 @@ attachShortcuts({
 attachSources(open);
 showTool();
 showHistory();
-loadVersions();
+loadVersions().then(watchVersions);
