@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.concurrency import run_in_threadpool
@@ -16,7 +15,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from data_prep.uris import path_from_sqlite_url
-from pipelines.studio import job_api, token_page, try_api
+from pipelines.studio import job_api, runs_pages, token_page, try_api
 from pipelines.studio.cached import Cached, database_check
 from pipelines.studio.errors import add_error_handlers
 from pipelines.studio.jobs import JobRunner
@@ -31,9 +30,9 @@ from pipelines.studio.state import studio_of as studio_of
 if TYPE_CHECKING:  # imports MLflow, which takes two seconds: the first page does not wait for it
     from pipelines.studio.registry_snapshot import RegistrySnapshot
 
-SLOW_PAGES = ("models_pages", "models_api", "runs_pages")
+SLOW_PAGES = ("models_pages", "models_api")
 """Modules whose routes are added when MLflow is imported."""
-SLOW_PATHS = ("/models", "/runs", "/api/models", "/api/runs", "/api/snapshot")
+SLOW_PATHS = ("/models", "/api/models")
 """Beginnings of their routes: requests there wait for the import."""
 
 
@@ -74,6 +73,7 @@ def create_app(settings: StudioSettings) -> FastAPI:
     app.include_router(job_api.router)
     app.include_router(token_page.router)
     app.include_router(try_api.router)
+    app.include_router(runs_pages.router)
     add_error_handlers(app)
     app.add_middleware(SlowPagesMiddleware, pages=slow_pages)
     app.add_middleware(
@@ -94,8 +94,7 @@ class SlowPages:
             if self.added:
                 return
             for name in SLOW_PAGES:
-                if importlib.util.find_spec(f"pipelines.studio.{name}"):
-                    self._app.include_router(importlib.import_module(f"pipelines.studio.{name}").router)
+                self._app.include_router(importlib.import_module(f"pipelines.studio.{name}").router)
             self.added = True
 
 
@@ -125,8 +124,3 @@ def _load_registry(tracking_uri: str) -> RegistrySnapshot:
 
     path = path_from_sqlite_url(tracking_uri)
     return load_registry(tracking_uri) if path is None or path.exists() else RegistrySnapshot()
-
-
-def _load(name: str, address: str) -> Any:
-    module, _, function = name.partition(":")
-    return getattr(importlib.import_module(f"pipelines.studio.{module}"), function)(address)
