@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import hmac
+import os
 import secrets
 import shutil
+import stat
 import tempfile
 import threading
 import time
@@ -14,6 +17,7 @@ from pathlib import Path
 
 from pipelines.studio.photo import Photo
 
+PREFIX, LOCK = "inpaint-studio-", "lock"  # of the folder with all sessions' files
 MAX_SESSIONS = 32
 MAX_FAILURES, FAILURE_SECONDS = 10, 60.0
 """Wrong tokens that the form accepts in this time before it refuses to look at more."""
@@ -42,6 +46,7 @@ class Sessions:
         self._sessions: OrderedDict[str, Session] = OrderedDict()
         self._failures: deque[float] = deque()
         self._root: Path | None = None
+        self._lock_file = -1
         self._lock = threading.Lock()
 
     def is_token(self, token: str) -> bool:
@@ -63,7 +68,10 @@ class Sessions:
         """A new session; the one used least recently ends if there are too many."""
         with self._lock:
             if self._root is None:
-                self._root = Path(tempfile.mkdtemp(prefix="inpaint-studio-"))  # mode 700
+                remove_left_folders()
+                self._root = Path(tempfile.mkdtemp(prefix=PREFIX))  # mode 700
+                self._lock_file = os.open(self._root / LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+                fcntl.flock(self._lock_file, fcntl.LOCK_EX)
             folder = Path(tempfile.mkdtemp(dir=self._root))
             session = Session(secrets.token_urlsafe(32), secrets.token_urlsafe(32), folder)
             self._sessions[session.id] = session
@@ -89,3 +97,23 @@ class Sessions:
             root, self._root = self._root, None
         if root:
             shutil.rmtree(root, ignore_errors=True)
+            os.close(self._lock_file)
+
+
+def remove_left_folders() -> None:
+    """Remove the folders of this user's studios that were killed: a living one holds the lock in its folder."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        try:
+            state = folder.lstat()
+            if not stat.S_ISDIR(state.st_mode) or state.st_uid != os.geteuid():
+                continue
+            file = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except OSError:  # its studio lives
+            continue
+        finally:
+            os.close(file)

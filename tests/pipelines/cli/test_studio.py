@@ -67,7 +67,7 @@ def test_the_studio_prints_its_link_serves_and_ends_cleanly(tmp_path: Path) -> N
         processes = process_tree(process.pid)
         wait_for(lambda: len(process_tree(process.pid)) > 1, "the worker process")
         processes = process_tree(process.pid)
-        assert {address for address, _ in find_listeners(processes)} <= {"127.0.0.1"}
+        assert {address for _, address in find_listeners(processes)} <= {"127.0.0.1"}
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(15) == 0
         wait_for(lambda: not any(child.is_running() for child in processes), "the end of all processes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -164,6 +165,23 @@ def test_the_oldest_session_ends_with_its_files(app: FastAPI) -> None:
         app.state.studio.sessions.open()
     assert not folder.exists()
     assert first.get("/api/jobs/x").status_code == 403
+
+
+def test_folders_of_killed_studios_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, app: FastAPI
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left, foreign = tmp_path / "inpaint-studio-left", tmp_path / "inpaint-studio-foreign"
+    for folder in (left, foreign):
+        folder.mkdir()
+        (folder / "photo.png").touch()
+    (left / "lock").touch()
+    writer(app)
+    assert not left.exists()
+    assert foreign.exists()
+    (own,) = tmp_path.glob("inpaint-studio-*/lock")
+    sessions.remove_left_folders()
+    assert own.exists()
 
 
 def test_every_answer_has_the_headers(app: FastAPI) -> None:
