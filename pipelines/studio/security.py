@@ -17,13 +17,15 @@ from urllib.parse import parse_qsl, urlencode
 
 from fastapi import Depends, HTTPException, Request
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipelines.studio.sessions import Session, Sessions
 
 HOST = re.compile(r"(?:localhost|127\.0\.0\.1|\[::1\])(?::(\d{1,5}))?", re.IGNORECASE)
 READING = ("GET", "HEAD")
+AGAIN = '<!doctype html><meta http-equiv="refresh" content="0"><title>inpaint studio</title>'
+"""Loads its own address again, now from the studio's own page, so that the session's cookie comes with it."""
 TOKEN_PATH = "/token"  # the only write without a session
 MAX_BODY_BYTES = 2**20  # of requests that are not uploads
 DRAIN_FACTOR = 4  # of the limit: bytes that are read and dropped, so that a browser sees the answer
@@ -95,7 +97,12 @@ class SecurityMiddleware:
         session = self._sessions.get(_read_cookie(headers, cookie_name))
         scope.setdefault("state", {})["session"] = session
         if scope["method"] in READING:
-            return self._exchange_token(scope, cookie_name)
+            exchanged = self._exchange_token(scope, cookie_name)
+            return (
+                HTMLResponse(AGAIN)
+                if exchanged is None and session is None and _is_from_a_link(headers)
+                else exchanged
+            )
         if headers.get("origin") != f"http://{hosts[0]}":
             return _answer(scope, 403, "refused: the request does not come from the studio's own page")
         if headers.get("sec-fetch-site", "same-origin") != "same-origin":
@@ -154,6 +161,11 @@ class SecurityMiddleware:
             return message
 
         return bounded
+
+
+def _is_from_a_link(headers: Headers) -> bool:
+    """Whether a link on another site's page, such as a terminal in the browser, led here: no cookie comes with it."""
+    return (headers.get("sec-fetch-site"), headers.get("sec-fetch-mode")) == ("cross-site", "navigate")
 
 
 async def _drain(receive: Receive, limit: int) -> None:

@@ -38,6 +38,20 @@ def test_the_links_token_becomes_a_session(app: FastAPI) -> None:
     assert not csrf_token(reader(app))
 
 
+def test_a_link_from_another_site_is_loaded_again_with_the_cookie(app: FastAPI) -> None:
+    """Browsers send a strict cookie only with requests that the studio's own pages begin."""
+    client, from_elsewhere = reader(app), {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"}
+    page = client.get("/token", headers=from_elsewhere)
+    assert 'http-equiv="refresh"' in page.text
+    assert "csrf-token" not in page.text
+    assert (
+        "csrf-token" in client.get("/token", headers={**from_elsewhere, "Sec-Fetch-Site": "same-origin"}).text
+    )
+    assert client.get(
+        f"/token?token={token(app)}", headers=from_elsewhere, follow_redirects=False
+    ).is_redirect
+
+
 @pytest.mark.parametrize("path", ["//evil.example/", "/%2f/evil.example/", "/\\evil.example"])
 def test_the_redirect_stays_in_the_studio(app: FastAPI, path: str) -> None:
     answer = reader(app).get(f"{ORIGIN}{path}?token={token(app)}", follow_redirects=False)
