@@ -15,6 +15,9 @@ LINE_HEIGHT = 12  # pixels between the labels beside a chart
 MAX_INTERVALS = 80  # versions: with more, their intervals would be one dark area
 
 
+MAX_SPARKLINE_DOTS = 40
+
+
 @dataclass(frozen=True)
 class VersionPoint:
     """One version in a chart over versions."""
@@ -54,42 +57,55 @@ class BandPanel:
     higher_is_better: bool = True
 
 
-def versions_chart(title: str, points: Sequence[VersionPoint], digits: int = 2) -> Markup:
+def versions_chart(
+    title: str, points: Sequence[VersionPoint], digits: int = 2, narrow: bool = False
+) -> Markup:
     """The scores of the versions in the order of `points`: dots with intervals, joined where they are comparable.
 
-    Markup(""): fewer than one finite value.
+    narrow: for a phone. Markup(""): no finite value.
     """
     finite = [point for point in points if math.isfinite(point.value)]
     if not finite:
         return Markup("")
-    width, height, left, right, top, bottom = 760, 232, 52, 16, 24, 26
     many = len(finite) > MAX_INTERVALS
-    ends = [end for p in finite for end in (p.low, p.high) if end is not None and not many]
-    scale = _Scale([p.value for p in finite] + ends, top, height - bottom)
-    step = (width - left - right) / max(len(finite) - 1, 1)
-    x = [left + 10 + i * (step - 20 / max(len(finite) - 1, 1)) for i in range(len(finite))]
+    width, left, right, bottom = (380, 40, 10, 26) if narrow else (760, 52, 16, 26)
+    inner = width - left - right - 20
+    x = [left + 10 + i * inner / max(len(finite) - 1, 1) for i in range(len(finite))]
     if len(finite) == 1:
         x = [(left + width - right) / 2]
+    labels = _alias_labels(finite, x, width)
+    top = 18 + LINE_HEIGHT * (1 + max((row for *_, row in labels), default=-1))
+    height = top + (176 if narrow else 188)
+    ends = [end for p in finite for end in (p.low, p.high) if end is not None and not many]
+    scale = _Scale([p.value for p in finite] + ends, top, height - bottom)
     parts = _grid(scale, left, width - right, digits)
-    line: list[str] = []
-    for i, point in enumerate(finite):
-        if point.comparable:
-            line.append(f"{x[i]:.1f},{scale(point.value):.1f}")
-    parts.append(Markup('<polyline class="over-versions" points="{}"/>').format(" ".join(line)))
-    radius = 2.2 if many else 4
-    for i, point in enumerate(finite):
-        y = scale(point.value)
+    for at, _, _, row in labels:
+        y = scale(finite[at].value)
+        parts.append(
+            Markup('<line class="divide" x1="{0:.1f}" y1="{1:.1f}" x2="{0:.1f}" y2="{2:.1f}"/>').format(
+                x[at], 15 + LINE_HEIGHT * row, y
+            )
+        )
+    line = [f"{x[i]:.1f},{scale(point.value):.1f}" for i, point in enumerate(finite) if point.comparable]
+    if not many:
+        parts.append(Markup('<polyline class="over-versions" points="{}"/>').format(" ".join(line)))
+    radius = 1.7 if many else 3 if narrow else 4
+    order = sorted(range(len(finite)), key=lambda i: bool(finite[i].aliases))  # those with aliases on top
+    for i in order:
+        point, y = finite[i], scale(finite[i].value)
         if point.low is not None and point.high is not None and not many:
             parts.append(_interval(x[i], scale(point.low), scale(point.high)))
         kind = "dot" + ("" if point.comparable else " other") + (" has-alias" if point.aliases else "")
+        kind += " many" if many and not point.aliases else ""
         dot = Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}</title></circle>').format(
-            kind, x[i], y, radius + 1.5 * bool(point.aliases), _version_title(point, digits)
+            kind, x[i], y, 5 if point.aliases else radius, _version_title(point, digits)
         )
         if point.href and not many:
             dot = Markup('<a href="{}" tabindex="-1">{}</a>').format(point.href, dot)
         parts.append(dot)
-    parts += _alias_labels(finite, x, scale, width - right)
-    shown = {0, len(finite) - 1} | set(range(0, len(finite), -(-len(finite) // 12)))
+    for _, middle, text, row in labels:
+        parts.append(_text(middle, 12 + LINE_HEIGHT * row, text, "middle", "alias"))
+    shown = {0, len(finite) - 1} | set(range(0, len(finite), -(-len(finite) // (6 if narrow else 12))))
     for i in sorted(shown):
         if i == len(finite) - 1 or x[-1] - x[i] > 24:
             parts.append(_text(x[i], height - 6, finite[i].version, "middle"))
@@ -114,11 +130,12 @@ def sparkline(title: str, points: Sequence[VersionPoint], digits: int = 2) -> Ma
     parts = [Markup('<polyline class="over-versions" points="{}"/>').format(" ".join(line))]
     for i, point in enumerate(finite):
         is_champion = "champion" in point.aliases
-        if is_champion or len(finite) <= 40:
+        few = len(finite) <= MAX_SPARKLINE_DOTS
+        if is_champion or few or not point.comparable:
             kind = ("dot" if point.comparable else "dot other") + (" has-alias" if is_champion else "")
             parts.append(
                 Markup('<circle class="{}" cx="{:.1f}" cy="{:.1f}" r="{}"/>').format(
-                    kind, x[i], scale(point.value), 4.5 if is_champion else 2
+                    kind, x[i], scale(point.value), 4.5 if is_champion else 2 if few else 0.8
                 )
             )
     values = [point.value for point in finite]
@@ -229,17 +246,20 @@ def _interval(x: float, low: float, high: float) -> Markup:
 
 
 def _alias_labels(
-    points: Sequence[VersionPoint], x: Sequence[float], scale: _Scale, right: float
-) -> list[Markup]:
-    """The names of the aliases above their dots."""
-    parts = []
+    points: Sequence[VersionPoint], x: Sequence[float], width: float
+) -> list[tuple[int, float, str, int]]:
+    """(index, middle, text, row) of the aliases above the chart; labels that would overlap are in rows."""
+    placed: list[tuple[int, float, str, int]] = []
+    ends: list[float] = []
     for i, point in enumerate(points):
         if point.aliases:
             text = ", ".join(point.aliases)
-            anchor = "end" if x[i] + 3.2 * len(text) > right else "middle"
-            top = scale(point.value if point.high is None or len(points) > MAX_INTERVALS else point.high)
-            parts.append(_text(x[i] + (6 if anchor == "end" else 0), max(11, top - 9), text, anchor, "alias"))
-    return parts
+            half = 3.3 * len(text)
+            middle = min(max(x[i], half), width - half)
+            row = next((row for row, end in enumerate(ends) if end < middle - half - 6), len(ends))
+            ends[row : row + 1] = [middle + half]
+            placed.append((i, middle, text, row))
+    return placed
 
 
 def _spread(labels: Sequence[tuple[float, str]], top: float, bottom: float) -> list[tuple[float, str]]:

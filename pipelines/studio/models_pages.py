@@ -52,7 +52,13 @@ router = APIRouter()
 def models_page(request: Request) -> HTMLResponse:
     snapshot = studio_of(request).registry.get()
     cards = [_model_card(model) for model in snapshot.models]
-    return render(request, "models.html", section="models", cards=cards)
+    address = studio_of(request).settings.tracking_uri
+    return _render(request, "models.html", cards=cards, address=address)
+
+
+def _render(request: Request, template: str, **context: Any) -> HTMLResponse:
+    """A page about models; it says so if the registry cannot be read any more."""
+    return render(request, template, section="models", stale=studio_of(request).registry.error, **context)
 
 
 def _model_card(model: ModelSummary) -> dict[str, Any]:
@@ -95,10 +101,9 @@ def compare_page(request: Request, a: str = "", b: str = "") -> HTMLResponse:
             "differences": differences(files[0].metadata, files[1].metadata),
             "scored_masks": (files[1].metadata.get("protocol") or {}).get("masks") or [],
         }
-    return render(
+    return _render(
         request,
         "model_compare.html",
-        section="models",
         a=first,
         b=second,
         both=both,
@@ -140,19 +145,22 @@ def _model_page(request: Request, model: ModelSummary, metric: str, masks: str, 
     events = [*moments, *((entry.when[:19], 1, entry) for entry in model.rejections)]
     history = [event[2] for event in sorted(events, key=lambda event: event[:2], reverse=True)]
     description = model.description.partition(f"\n\n{HISTORY_HEADING}")[0]
-    return render(
+    return _render(
         request,
         "model.html",
-        section="models",
         model=model,
         paper=paper(model.model),
         choice=choice,
         options=score_options(model.versions),
         heading=heading,
         digits=digits(choice.metric) if choice else 2,
-        chart=versions_chart(choice.title, points, digits(choice.metric)) if choice else "",
+        charts=[
+            versions_chart(choice.title, points, digits(choice.metric), narrow) for narrow in (False, True)
+        ]
+        if choice and points
+        else [],
         points=points,
-        others=any(not point.comparable for point in points),
+        other_protocol={point.version for point in points if not point.comparable},
         intervals={point.version: point for point in points if point.low is not None},
         history=history,
         description=render_markdown(description),
@@ -167,10 +175,9 @@ def version_page(request: Request, name: str, number: str) -> HTMLResponse:
     stored = stored_scores(studio.settings.storage_uri, version, files.metadata)
     champion = model.with_alias(CHAMPION)
     sections = band_panels(version, stored)
-    return render(
+    return _render(
         request,
         "model_version.html",
-        section="models",
         model=model,
         version=version,
         files=files,

@@ -15,7 +15,15 @@ from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
 from pipelines.evaluation.protocol import MASKS_TAG, PHOTOGRAPHS_TAG
 from pipelines.registry.alias_moves import REJECTED_TAG, AliasMove, Rejection, full_history
-from pipelines.registry.client import CHAMPION, all_pages, list_versions, registry_client, utc_time
+from pipelines.registry.client import (
+    CANDIDATE,
+    CHAMPION,
+    NotRegistered,
+    all_pages,
+    list_versions,
+    registry_client,
+    utc_time,
+)
 from pipelines.registry.searching import (
     DISTANCE_TAG,
     FEATURES_TAG,
@@ -160,12 +168,15 @@ class RegistrySnapshot:
 
 
 def load_registry(tracking_uri: str | None = None) -> RegistrySnapshot:
-    """The registry as it is now. RegistryError, one line: there is none at this URI, or its server does not answer."""
-    with REGISTRY_LOCK, registry_client(tracking_uri) as client:
-        models: list[RegisteredModel] = all_pages(client.search_registered_models, max_results=1000)
-        versions = list_versions(client)
-        untagged = any(SCORES_TAG not in version.tags for version in versions)
-        logged = logged_scores(client) if untagged else {}
+    """The registry as it is now; empty if there is no database yet. RegistryError, one line: it cannot be read."""
+    try:
+        with REGISTRY_LOCK, registry_client(tracking_uri) as client:
+            models: list[RegisteredModel] = all_pages(client.search_registered_models, max_results=1000)
+            versions = list_versions(client)
+            untagged = any(SCORES_TAG not in version.tags for version in versions)
+            logged = logged_scores(client) if untagged else {}
+    except NotRegistered:  # the first run makes the database
+        return RegistrySnapshot()
     by_name: dict[str, list[ModelVersion]] = {model.name: [] for model in models}
     for (
         version
@@ -183,7 +194,7 @@ def load_registry(tracking_uri: str | None = None) -> RegistrySnapshot:
 def _model_summary(
     model: RegisteredModel, versions: list[ModelVersion], logged: dict[str, dict[str, float]]
 ) -> ModelSummary:
-    aliases = {alias: str(number) for alias, number in sorted(model.aliases.items())}
+    aliases = {alias: str(model.aliases[alias]) for alias in sorted(model.aliases, key=_alias_order)}
     own_aliases: dict[str, list[str]] = {}
     for alias, number in aliases.items():
         own_aliases.setdefault(number, []).append(alias)
@@ -236,6 +247,11 @@ def _version_summary(
         rejected=tags.get(REJECTED_TAG, ""),
         description=version.description or "",
     )
+
+
+def _alias_order(alias: str) -> tuple[bool, bool, str]:
+    """Champion, candidate, then the others by name."""
+    return alias != CHAMPION, alias != CANDIDATE, alias
 
 
 def _number(text: str) -> float | None:

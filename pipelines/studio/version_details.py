@@ -25,8 +25,9 @@ from pipelines.evaluation.significance import mean_stats
 from pipelines.evaluation.verdict import TITLES
 from pipelines.registry.client import registry_client
 from pipelines.registry.describe import read_mlmodel
+from pipelines.registry.searching import logged_model_id
 from pipelines.studio.registry_snapshot import REGISTRY_LOCK, VersionSummary
-from pipelines.tracking.pages import run_page, version_page
+from pipelines.tracking.pages import logged_model_page, run_page, version_page
 from pipelines.training.curves import TrainingCurves, read_curves
 
 STEP_KEY = re.compile(r"[0-9a-f]{8,64}-[\w.-]{1,200}")
@@ -44,6 +45,7 @@ class VersionFiles:
     version_page: str
     """Address of MLflow's page; '' if the registry is a database."""
     run_page: str
+    logged_model_page: str
     curves_page: str
     """Of the training's run."""
     command: str
@@ -94,15 +96,18 @@ def _version_files(tracking_uri: str, name: str, number: str, created: str) -> V
         metadata = dict((mlmodel and mlmodel.metadata) or {})
         uri = client.tracking_uri
         is_server = uri.startswith("http")
-        pages = []
+        pages, logged_page = [], ""
         for run in (version.run_id, metadata.get("training_run")):
             page = ""
             if run and is_server:
                 with suppress(MlflowException):  # deleted, or this user may not read it
-                    page = run_page(uri, client.get_run(run).info.experiment_id, run)
+                    experiment = client.get_run(run).info.experiment_id
+                    page = run_page(uri, experiment, run)
+                    if run == version.run_id:
+                        logged_page = logged_model_page(uri, experiment, logged_model_id(version))
             pages.append(page)
     command = "" if is_server else _mlflow_command(uri)
-    files = VersionFiles(metadata, version_page(uri, name, number), pages[0], pages[1], command)
+    files = VersionFiles(metadata, version_page(uri, name, number), pages[0], logged_page, pages[1], command)
     if mlmodel is None:
         raise _FilesGone(files)
     return files

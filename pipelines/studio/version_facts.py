@@ -99,7 +99,9 @@ def _training(metadata: Mapping[str, Any]) -> str:
 def _machine(metadata: Mapping[str, Any]) -> str:
     ray = metadata.get("ray") or {}
     parts = [f"{metadata['hardware']}" if metadata.get("hardware") else ""]
-    parts += [f"{_number(ray[key])} {key}" for key in ("nodes", "cpus", "gpus") if ray.get(key)]
+    for key, unit in (("nodes", "node"), ("cpus", "CPU"), ("gpus", "GPU")):
+        if ray.get(key):
+            parts.append(f"{_number(ray[key])} {unit}{'' if ray[key] == 1 else 's'}")
     return ", ".join(part for part in parts if part)
 
 

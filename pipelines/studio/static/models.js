@@ -15,7 +15,8 @@ for (const input of $$("input[data-filter]")) {
       item.hidden = !words.every((word) => text.includes(word));
       count += item.hidden ? 0 : 1;
     }
-    $("#filter-empty").hidden = count > 0;
+    const empty = $("#filter-empty");
+    if (empty) empty.hidden = count > 0;
   };
   input.addEventListener("input", apply);
   const target = $(input.dataset.filter.split(" ")[0]);

@@ -60,8 +60,10 @@ def test_a_snapshot_has_aliases_scores_and_history(bare: MlflowStore) -> None:
 
 def test_an_empty_registry_and_none(bare: MlflowStore, tmp_path: Any) -> None:
     assert load_registry(bare.uri) == RegistrySnapshot()
-    with pytest.raises(RegistryError, match="there is no MLflow registry at"):
-        load_registry(f"sqlite:///{tmp_path}/none.db")
+    assert load_registry(f"sqlite:///{tmp_path}/none.db") == RegistrySnapshot(), "before the first run"
+    (tmp_path / "text.db").write_text("not a database")
+    with pytest.raises(RegistryError, match=r"text\.db"):
+        load_registry(f"sqlite:///{tmp_path}/text.db")
 
 
 def test_two_searches_whatever_the_number_of_versions(
