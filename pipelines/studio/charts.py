@@ -68,7 +68,7 @@ def versions_chart(
     if not finite:
         return Markup("")
     many = len(finite) > MAX_INTERVALS
-    width, left, right, bottom = (380, 40, 10, 26) if narrow else (760, 52, 16, 26)
+    width, left, right, bottom = (380, 40, 10, 26) if narrow else (960, 52, 16, 26)
     inner = width - left - right - 20
     x = [left + 10 + i * inner / max(len(finite) - 1, 1) for i in range(len(finite))]
     if len(finite) == 1:
@@ -105,7 +105,7 @@ def versions_chart(
         parts.append(dot)
     for _, middle, text, row in labels:
         parts.append(_text(middle, 12 + LINE_HEIGHT * row, text, "middle", "alias"))
-    shown = {0, len(finite) - 1} | set(range(0, len(finite), -(-len(finite) // (6 if narrow else 12))))
+    shown = {0, len(finite) - 1} | set(range(0, len(finite), -(-len(finite) // (6 if narrow else 16))))
     for i in sorted(shown):
         if i == len(finite) - 1 or x[-1] - x[i] > 24:
             parts.append(_text(x[i], height - 6, finite[i].version, "middle"))
@@ -254,7 +254,7 @@ def _alias_labels(
     for i, point in enumerate(points):
         if point.aliases:
             text = ", ".join(point.aliases)
-            half = 3.3 * len(text)
+            half = 3.7 * len(text)
             middle = min(max(x[i], half), width - half)
             row = next((row for row, end in enumerate(ends) if end < middle - half - 6), len(ends))
             ends[row : row + 1] = [middle + half]

@@ -15,7 +15,7 @@ from pipelines.studio.shown import shown
 from pipelines.tracking.markdown import without_spaces
 
 MAX_CHARS = 20_000
-HEADINGS_BELOW = 2  # a `#` becomes <h3>: the page's own headings are above
+HEADINGS_BELOW = 1  # a card's `##` becomes <h3>, below the page's <h2>
 
 PictureAddress = Callable[[str], str]
 """Artifact path of a picture -> its address in the studio, or ''."""
@@ -42,6 +42,8 @@ def _adapt(tokens: Sequence[Token], picture: PictureAddress) -> None:
     for token in tokens:
         if token.type in ("heading_open", "heading_close"):
             token.tag = f"h{min(6, int(token.tag[1]) + HEADINGS_BELOW)}"
+        elif token.type == "table_open":
+            token.attrs["tabindex"] = "0"  # wide ones scroll, also by keyboard
         elif token.type in ("th_open", "td_open"):
             align = str(token.attrs.pop("style", ""))  # the page's policy refuses styles
             if align.endswith("right"):

@@ -12,6 +12,7 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.masks import MASK_KINDS
+from pipelines.evaluation.comparison import PairedDifference
 from pipelines.registry import aliases
 from pipelines.registry.alias_moves import AliasState
 from pipelines.registry.client import registry_client
@@ -253,8 +254,6 @@ def _scores(model: ModelSummary, current: str | None, previous: str) -> list[dic
 
 def _recorded_row(state: AliasState) -> dict[str, Any] | None:
     """The comparison on record of the move that a rollback takes back; None: it was moved without one."""
-    from pipelines.evaluation.comparison import PairedDifference
-
     record = state.moves[-1].comparison if state.moves and state.moves[-1].to == state.version else None
     if not record:
         return None

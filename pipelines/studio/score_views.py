@@ -148,7 +148,8 @@ def version_points(
     scored = [version for version in model.versions if choice.column in version.scores]  # newest first
     reference = protocol_of(scored[0], choice.metric) if scored else ""
     many = len(scored) > MAX_INTERVALS  # their chart shows no intervals
-    until, points = time.monotonic() + INTERVAL_SECONDS, []
+    points: list[VersionPoint] = []
+    until = time.monotonic() + INTERVAL_SECONDS
     for version in sorted(scored, key=lambda version: not version.aliases):
         interval = None
         if tracking_uri and (version.aliases or not many) and time.monotonic() < until:
@@ -250,7 +251,7 @@ def score_tables(version: VersionSummary, stored: StoredScores) -> list[ScoreTab
         rows = []
         for band in _bands(version, masks):
             title = "all holes" if band == "all" else f"holes of {band} %"
-            cells = []
+            cells: list[ScoreCell | None] = []
             for metric in metrics:
                 column = ScoreChoice(metric, masks, band).column
                 interval = stored.intervals.get(column)

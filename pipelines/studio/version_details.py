@@ -96,7 +96,8 @@ def _version_files(tracking_uri: str, name: str, number: str, created: str) -> V
         metadata = dict((mlmodel and mlmodel.metadata) or {})
         uri = client.tracking_uri
         is_server = uri.startswith("http")
-        pages, logged_page = [], ""
+        pages: list[str] = []
+        logged_page = ""
         for run in (version.run_id, metadata.get("training_run")):
             page = ""
             if run and is_server:

@@ -22,7 +22,8 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def parse(svg: str) -> ElementTree.Element:
-    return ElementTree.fromstring(svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1))
+    text = str(svg).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
+    return ElementTree.fromstring(text)
 
 
 def marks(svg: str, tag: str, kind: str) -> list[ElementTree.Element]:
@@ -53,7 +54,7 @@ def test_aliases_that_would_overlap_are_in_rows() -> None:
     for i in (27, 28, 29):
         shown[i] = VersionPoint(str(i + 1), 18.0, aliases=(("champion", "candidate", "shadow")[i - 27],))
     labels = marks(versions_chart("PSNR", shown), "text", "alias")
-    assert len({label.attrib["y"] for label in labels}) == 3
+    assert len({label.attrib["y"] for label in labels}) == 2, "the third one has room beside the first"
 
 
 def test_many_versions_have_no_intervals() -> None:

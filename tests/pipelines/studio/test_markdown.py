@@ -39,7 +39,7 @@ def test_nothing_of_others_is_active(text: str) -> None:
 def test_a_card_keeps_its_structure() -> None:
     card = version_card("x", {"model": "edge_connect", "size": 64}, {"center/psnr_rgb_hole": 17.5}, "ab12")
     html = render_markdown(card)
-    for text in ("<h4>Trained on</h4>", "<li>crops of 64 x 64 pixels</li>", "<strong>this version</strong>"):
+    for text in ("<h3>Trained on</h3>", "<li>crops of 64 x 64 pixels</li>", "<strong>this version</strong>"):
         assert text in html
     assert '<td class="number">17.50</td>' in html
     assert "models:/x/VERSION" in html, "an address of a model is no path"
