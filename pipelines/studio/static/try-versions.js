@@ -27,11 +27,17 @@ export class Versions extends EventTarget {
   async load() {
     this.all = await api("GET", "/api/versions");
     const known = new Set(this.all.map(({ id }) => id));
-    const kept = [...this.chosen, ...remembered()].filter((id) => known.has(id));
+    const wanted = new URLSearchParams(location.search).getAll("version"); // a link from a model's page
+    const kept = [...(this.chosen.length ? this.chosen : wanted.length ? wanted : remembered())].filter((id) => known.has(id));
     this.chosen = [...new Set(kept)].slice(0, MOST);
     if (!this.chosen.length && this.all.length) this.chosen = [byRank(this.all)[0].id];
     this.#list();
     await this.#changed();
+  }
+
+  /** Say that the list cannot be read; what was chosen stays. */
+  fail(sentence) {
+    if (!this.all.length) byId("version-list").replaceChildren(make("p", { className: "small", textContent: sentence }));
   }
 
   /** What is known of a version: the list's entry, and once it is read what the model's file says. */

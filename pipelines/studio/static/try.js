@@ -201,12 +201,15 @@ versions.addEventListener("refused", (event) => {
   editor.say(event.detail);
 });
 
+/** Read the list of versions. Returns whether it is there. */
 async function loadVersions() {
   try {
     await versions.load();
     byId("no-models").hidden = versions.all.length > 0;
+    return true;
   } catch (error) {
-    toast(error.message, "bad");
+    versions.fail(error.message);
+    return false;
   }
 }
 
@@ -224,15 +227,13 @@ byId("tile").addEventListener("change", () => {
 
 /** List versions that were registered, promoted or removed elsewhere. */
 async function watchVersions() {
-  let seen = document.body.dataset.snapshot;
+  let seen = (await loadVersions()) ? document.body.dataset.snapshot : null;
   for (;;) {
     await new Promise((resolve) => setTimeout(resolve, REFRESH_MS));
     if (document.hidden) continue;
     try {
       const { snapshot } = await api("GET", "/api/snapshot?section=try");
-      if (snapshot !== seen) await versions.load();
-      seen = snapshot;
-      byId("no-models").hidden = versions.all.length > 0;
+      if (snapshot !== seen && (await loadVersions())) seen = snapshot;
     } catch { /* the next question tries again */ }
   }
 }
@@ -336,4 +337,4 @@ attachShortcuts({
 attachSources(open);
 showTool();
 showHistory();
-loadVersions().then(watchVersions);
+watchVersions();
