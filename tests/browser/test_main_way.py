@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 from playwright.sync_api import Page, expect
 
+from pipelines import registry
+from support.mlflow_stores import champion_version
 from support.studio_browser import accessibility_faults, screenshots
+from support.studio_models import AliasDialog, expect_message
+from support.studio_storage import RUNNING_RUN
 from support.studio_try import TryPage, check_result, press, read_mask, tab_to, write_photo
 
 pytestmark = pytest.mark.slow
@@ -76,3 +80,34 @@ def test_try_by_keyboard(page: Page) -> None:
     press(page, ["Escape"])
     expect(photo.fill_button).to_be_visible()
     screenshots(page, "try-hole")
+
+
+def test_a_better_version_becomes_champion(page: Page, studio: Studio) -> None:
+    uri = studio.registry.uri
+    registry.promote("encoder", "1", reason="at the command line", tracking_uri=uri)
+    page.get_by_role("link", name="Models").click()
+    page.get_by_role("link", name="encoder", exact=True).click()
+    history = page.get_by_role("listitem").filter(has_text="at the command line")
+    expect(history.first).to_be_visible(timeout=10_000)
+    page.get_by_role("rowheader", name="2").get_by_role("link").click()
+    expect(page.get_by_role("heading", name="Scores by hole area")).to_be_visible()
+    dialog = AliasDialog(page)
+    dialog.open("Make champion…")
+    confirm = dialog.go_on("sharper")
+    expect(dialog.dialog).to_contain_text("better")
+    screenshots(page, "promotion")
+    confirm.click()
+    expect_message(page, "encoder version 2 is now champion")
+    assert champion_version(uri) == "2"
+    move = registry.history("encoder", uri)[-1]
+    assert (move.to, move.forced) == ("2", False)
+    assert move.reason.startswith("sharper; ")
+
+
+def test_a_run_is_followed(page: Page, studio: Studio) -> None:
+    page.get_by_role("link", name="Runs").click()
+    page.get_by_role("link", name=RUNNING_RUN, exact=True).click()
+    expect(page.get_by_role("region", name="Graph of the steps")).to_contain_text("train-context_encoder")
+    studio.storage.report_progress(240)
+    expect(page.get_by_role("main")).to_contain_text("240 of 400", timeout=10_000)
+    assert accessibility_faults(page, ("light",)) == []
