@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from browser.conftest import Studio
 from playwright.sync_api import Page, expect
 
 from pipelines import registry
@@ -50,7 +51,7 @@ def test_try_by_mouse(page: Page, tmp_path: Path) -> None:
     result = photo.download()
     assert result.suggested_filename == "a photo-filled.png"
     check_result(result, source, hole)
-    np.testing.assert_array_equal(read_mask(photo.download("Mask")), hole)
+    np.testing.assert_array_equal(read_mask(photo.download("Download mask")), hole)
 
 
 def test_try_by_keyboard(page: Page) -> None:
@@ -107,7 +108,7 @@ def test_a_better_version_becomes_champion(page: Page, studio: Studio) -> None:
 def test_a_run_is_followed(page: Page, studio: Studio) -> None:
     page.get_by_role("link", name="Runs").click()
     page.get_by_role("link", name=RUNNING_RUN, exact=True).click()
-    expect(page.get_by_role("region", name="Graph of the steps")).to_contain_text("train-context_encoder")
+    expect(page.get_by_role("region", name="Graph of the steps")).to_contain_text("context_encoder")
     studio.storage.report_progress(240)
     expect(page.get_by_role("main")).to_contain_text("240 of 400", timeout=10_000)
     assert accessibility_faults(page, ("light",)) == []

@@ -41,7 +41,7 @@ def test_a_model_with_its_versions_chart_and_history(page: Page, studio: Studio)
     expect(main.get_by_role("listitem").filter(has_text="version 3 did not become champion")).to_be_visible()
     page.get_by_label("Metric", exact=True).select_option(index=1)
     expect(page).to_have_url(re.compile("metric="))
-    page.get_by_role("button", name="version", exact=True).click()
+    page.get_by_role("button", name=re.compile("^version")).click()
     expect(main.get_by_role("row").nth(1)).to_contain_text("1")
     assert accessibility_faults(page) == []
     screenshots(page, "model")
@@ -54,7 +54,7 @@ def test_a_version_says_how_it_scored_and_what_made_it(page: Page, studio: Studi
     page.goto(f"{studio.url}/models/edges/2")
     main = page.get_by_role("main")
     for heading in ("Scores by hole area", "Samples", "What made it", "Model card"):
-        expect(main.get_by_role("heading", name=heading)).to_be_visible()
+        expect(main.get_by_role("heading", name=heading, level=2)).to_be_visible()
     page.get_by_text("The same as a table").first.click()
     expect(main.get_by_role("table").first).to_contain_text(re.compile("telea", re.IGNORECASE))
     page.get_by_text("Recipe", exact=True).click()
@@ -92,7 +92,7 @@ def test_two_versions_are_compared_with_pictures(page: Page, studio: Studio) -> 
     expect(page.get_by_role("heading", name="Compare two versions")).to_be_visible()
     expect(page.get_by_role("table", name="Stored scores of A and B")).to_be_visible()
     assert accessibility_faults(page) == []
-    page.get_by_label("Photographs").select_option("bundled")
+    page.get_by_label("Photographs", exact=True).select_option("bundled")
     page.get_by_label("At most").fill("12")
     page.get_by_role("button", name="Compare", exact=True).click()
     expect(page.get_by_role("progressbar")).to_be_visible()

@@ -41,7 +41,7 @@ def test_a_running_run_has_a_graph_progress_and_an_eta(page: Page, studio: Studi
     page.goto(f"{studio.url}/runs")
     page.get_by_role("link", name=RUNNING_RUN, exact=True).click()
     graph = page.get_by_role("region", name="Graph of the steps")
-    for step in ("shard", "train-context_encoder", "evaluate", "register-edge_connect"):
+    for step in ("shard", "context_encoder", "evaluate", "edge_connect", "running"):
         expect(graph).to_contain_text(step)
     row = page.get_by_role("row").filter(has=page.get_by_role("rowheader", name="train-context_encoder"))
     expect(row).to_contain_text(re.compile(r"\d+ of 400.* left"))
@@ -84,7 +84,9 @@ def test_a_finished_run_has_its_report_and_the_command_that_repeats_it(page: Pag
     page.goto(f"{studio.url}/runs/{FINISHED_RUN}")
     main = page.get_by_role("main")
     expect(main).to_contain_text(REPORT_SENTENCE)
-    expect(main.get_by_role("link", name="edges version 2")).to_have_attribute("href", "/models/edges/2")
+    expect(main.get_by_role("link", name="edges version 2").first).to_have_attribute(
+        "href", "/models/edges/2"
+    )
     assert accessibility_faults(page) == []
     screenshots(page, "run-finished")
     command = main.get_by_role("code").filter(has_text="inpaint run").inner_text()

@@ -92,7 +92,7 @@ def test_a_wrong_token_is_refused_and_the_right_one_opens(
 ) -> None:
     visitor.goto(studio.url)
     visitor.get_by_role("link", name="Read only").click()
-    field = visitor.get_by_label("Token")
+    field = visitor.get_by_role("textbox", name="Token")
     expect(field).to_be_visible()
     assert accessibility_faults(visitor) == []
     screenshots(visitor, "token")
@@ -100,14 +100,14 @@ def test_a_wrong_token_is_refused_and_the_right_one_opens(
     field.press("Enter")
     expect(visitor.get_by_role("alert")).to_be_visible()
     watch.forgive("40[0-9]")
-    visitor.get_by_label("Token").fill(studio.server.token)
-    visitor.get_by_label("Token").press("Enter")
+    visitor.get_by_role("textbox", name="Token").fill(studio.server.token)
+    visitor.get_by_role("textbox", name="Token").press("Enter")
     expect(visitor.get_by_role("link", name="Read only")).to_have_count(0)
 
 
 def test_an_unknown_page_says_so(visitor: Page, studio: Studio, watch: Watch) -> None:
     visitor.goto(f"{studio.url}/models/nothing")
-    expect(visitor.get_by_role("main")).to_contain_text("nothing")
+    expect(visitor.get_by_role("main")).to_contain_text("Not found")
     watch.forgive("404")
     assert accessibility_faults(visitor) == []
     screenshots(visitor, "not-found")
