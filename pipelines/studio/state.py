@@ -57,8 +57,11 @@ def open_templates() -> Environment:
 
 
 def studio_of(request: Request) -> Studio:
-    """The studio that serves a request."""
+    """The studio that serves a request. Routes call it before they read a cached value: the page's id is taken now, so
+    that a page with an old value never has the id of a newer one."""
     studio: Studio = request.app.state.studio
+    if not hasattr(request.state, "snapshot_ids"):
+        request.state.snapshot_ids = {"models": studio.registry.id, "runs": studio.runs.id}
     return studio
 
 
@@ -67,12 +70,11 @@ def render(
 ) -> HTMLResponse:
     """A page from a template. `section` (try, models or runs) is marked in the navigation."""
     studio, session = studio_of(request), session_of(request)
-    cached = {"models": studio.registry, "runs": studio.runs}.get(section)
     text = studio.templates.get_template(template).render(
         section=section,
         csrf_token=session.csrf if session else "",
         may_write=session is not None,
-        snapshot_id=cached.id if cached else "",
+        snapshot_id=request.state.snapshot_ids.get(section, ""),
         **context,
     )
     return HTMLResponse(text, status_code=status)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -146,10 +146,34 @@ def test_reports_of_another_run_are_not_found(client: TestClient, made: StudioSt
 
 
 def test_the_snapshot_id_is_that_of_the_page(client: TestClient) -> None:
+    client.get("/runs")
     page = client.get("/runs").text
     answer = client.get("/api/snapshot?section=runs").json()
     assert f'data-snapshot="{answer["snapshot"]}"' in page
     assert client.get("/api/snapshot?section=other").status_code == 400
+
+
+def test_a_page_with_an_old_value_has_its_id(made: StudioStorage) -> None:
+    """A refresh may end between reading the value and writing the page; the next check then renews the page."""
+    app = create_app(StudioSettings(f"sqlite:///{made.folder.parent}/mlflow.db", str(made.folder)))
+    runs = app.state.studio.runs
+    runs.get()
+    started: list[Callable[[], None]] = []
+    runs._start, runs._due_at = started.append, 0.0
+    values = runs.get
+
+    def get_and_refresh(wait_seconds: float = 0.0) -> object:
+        value = values(wait_seconds)
+        if started:
+            started.pop()()
+        return value
+
+    runs.get = get_and_refresh
+    client = TestClient(app, base_url="http://127.0.0.1:8266")  # whose start loads nothing
+    with made.running():
+        page = client.get("/runs").text
+    assert ">interrupted</span>" in page
+    assert f'data-snapshot="{runs.id}"' not in page
 
 
 def test_the_page_of_an_empty_storage_says_how_to_begin(tmp_path: Path) -> None:
