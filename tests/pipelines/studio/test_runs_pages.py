@@ -153,9 +153,10 @@ def test_the_snapshot_id_is_that_of_the_page(client: TestClient) -> None:
     assert client.get("/api/snapshot?section=other").status_code == 400
 
 
-def test_a_page_with_an_old_value_has_its_id(made: StudioStorage) -> None:
+def test_a_page_with_an_old_value_has_its_id(tmp_path: Path) -> None:
     """A refresh may end between reading the value and writing the page; the next check then renews the page."""
-    app = create_app(StudioSettings(f"sqlite:///{made.folder.parent}/mlflow.db", str(made.folder)))
+    made = StudioStorage.create(tmp_path)
+    app = create_app(StudioSettings(f"sqlite:///{tmp_path}/mlflow.db", str(made.folder)))
     runs = app.state.studio.runs
     runs.get()
     started: list[Callable[[], None]] = []

@@ -215,7 +215,7 @@ def test_a_refresh_reads_only_what_has_changed(storage: Storage) -> None:
     attempt(run, TRAIN, error="the loss is nan")
     assert reader.check() != state
     assert reader.load().by_name["mine"].last_error == "train-one: the loss is nan"
-    assert counting.reads == [attempt_path(run.keys()[TRAIN], 1)]
+    assert set(counting.reads) == {attempt_path(run.keys()[TRAIN], 1)}
 
 
 def test_the_cache_shows_progress_and_loads_nothing_while_nothing_changes(
