@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from pipelines.studio.security import Writer
 from pipelines.studio.sessions import Session
 
 MAX_REASON_CHARS = 500
+MAX_KEPT_COMPARISONS = 8  # of a session: the pictures of earlier ones are removed
 JOBS = "pipelines.studio.comparison_jobs"
 
 router = APIRouter(prefix="/api/models")
@@ -84,6 +86,9 @@ def start_comparison(body: ComparisonRequest, request: Request, session: Writer)
     for kind in body.masks:
         if kind not in MASK_KINDS:
             raise HTTPException(400, f"masks: there is no kind {kind!r}; kinds: {', '.join(MASK_KINDS)}")
+    old = sorted(session.folder.glob("comparison-*"), key=lambda folder: folder.stat().st_mtime)
+    for folder in old[: len(old) - MAX_KEPT_COMPARISONS + 1]:
+        shutil.rmtree(folder, ignore_errors=True)
     arguments = {
         **body.model_dump(),
         "tracking_uri": studio.settings.tracking_uri,
@@ -109,7 +114,10 @@ def comparison_picture(job_id: str, index: int, request: Request, session: Write
     known = {cell["index"] for entry in (job.result or {}).get("pictures", ()) for cell in entry["cells"]}
     if job.kind != "comparison" or index not in known:
         raise HTTPException(404, "there is no such picture")
-    data = Path(job.arguments["folder"], f"{index}.png").read_bytes()
+    path = Path(job.arguments["folder"], f"{index}.png")
+    if not path.is_file():
+        raise HTTPException(404, "the pictures of earlier comparisons are removed: compare again")
+    data = path.read_bytes()
     return Response(data, media_type="image/png", headers={"Cache-Control": "private, max-age=3600"})
 
 

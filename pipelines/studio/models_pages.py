@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import APIRouter, HTTPException, Request
 from fastapi.responses import HTMLResponse, Response
@@ -39,6 +40,7 @@ from pipelines.studio.score_views import (
 )
 from pipelines.studio.version_details import VersionFiles, stored_curves, stored_scores, version_files
 from pipelines.studio.version_facts import differences, origin_facts
+from pipelines.tracking.pages import registered_model_page
 
 MAX_PICTURE_BYTES = 8 * 2**20
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -150,6 +152,7 @@ def _model_page(request: Request, model: ModelSummary, metric: str, masks: str, 
         "model.html",
         model=model,
         paper=paper(model.model),
+        mlflow_page=registered_model_page(settings.tracking_uri, model.name),
         choice=choice,
         options=score_options(model.versions),
         heading=heading,
@@ -240,7 +243,7 @@ def _is_safe_path(path: str) -> bool:
 
 def _picture_address(version: VersionSummary, files: VersionFiles, path: str) -> str:
     paths = _picture_paths(files.metadata)
-    return f"/models/{version.id}/picture/{paths.index(path)}" if path and path in paths else ""
+    return f"/models/{quote(version.id)}/picture/{paths.index(path)}" if path and path in paths else ""
 
 
 @router.get("/models/{name}/{number}/picture/{index}")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 from data_prep.hole_areas import HOLE_AREA_BANDS
 from pipelines.evaluation.comparison import PairedDifference
@@ -161,7 +162,7 @@ def version_points(
             high=interval and interval[1],
             aliases=version.aliases,
             comparable=protocol_of(version, choice.metric) == reference,
-            href=f"/models/{version.id}",
+            href=f"/models/{quote(version.id)}",
         )
         points.append(point)
     return sorted(points, key=lambda point: int(point.version))

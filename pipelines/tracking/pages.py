@@ -18,6 +18,10 @@ def logged_model_page(uri: str, experiment_id: str, model_id: str) -> str:
     return _page(uri, "experiments", experiment_id, "models", model_id)
 
 
+def registered_model_page(uri: str, name: str) -> str:
+    return _page(uri, "models", name)
+
+
 def version_page(uri: str, name: str, version: str) -> str:
     """The page of a registered model's version."""
     return _page(uri, "models", name, "versions", version)
