@@ -8,11 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from data_prep.uris import redact_uri
 from pipelines.errors import explain_error
 from pipelines.inference.fill import FillTask, prepare_fill, run_fill
 from pipelines.inference.tiles import MIN_TILE_SIZE, TilePlan
 from pipelines.studio.photos import for_page, view_of_file
+from pipelines.studio.shown import shown
 from pipelines.studio.worker import Cancelled, JobContext
 
 FUNCTION = f"{__name__}:fill"
@@ -47,6 +47,8 @@ def fill(
     `sizes` are the versions' training sizes, for the number of tiles. One version's error does not end the others.
     """
     names = {Path(photo): name, Path(mask): "the mask", Path(folder) / f"0.{suffix}": name}
+    if lines:
+        names[Path(lines)] = "the drawing"
     Path(folder).mkdir(parents=True, exist_ok=True)
     try:
         task = prepare_fill(
@@ -75,7 +77,7 @@ def fill(
         except Cancelled:
             raise
         except Exception as error:
-            result["error"] = redact_uri(for_page(explain_error(error), names))
+            result["error"] = shown(for_page(explain_error(error), names))
         result["seconds"] = round(time.monotonic() - started, 2)
         results.append(result)
     if all(result["error"] for result in results) and len(results) == 1:

@@ -31,7 +31,7 @@ VIEW_PNG_PIXELS = 4_000_000
 the difference is a few levels at most. Downloads never pass through a view."""
 PAGE_WORDS = (
     (r"; --invert-mask swaps it|; try --invert-mask", "; Invert swaps it"),
-    (r"white means hole; Invert", "white means hole; Invert"),
+    (r"\bthe (mask|drawing) the \1\b", r"the \1"),
     (r"; choose one with --hole VALUE", ": save the mask with white for the hole and black for the rest"),
     (r"; --max-tile-size (\d+) downscales it", r"; the option Largest tile, \1 px, downscales it"),
     (r"--blend hides it", "the option Blend the seam hides it"),
