@@ -104,7 +104,8 @@ class JobRunner:
             if len(waiting) >= MAX_WAITING:
                 raise ValueError(f"{len(waiting)} jobs wait already: let one end, or cancel one")
             self._jobs[job.id] = job
-            for old in [old for old in self._jobs.values() if old.has_ended][: len(self._jobs) - MAX_KEPT]:
+            ended = [old for old in self._jobs.values() if old.has_ended]
+            for old in ended[: max(0, len(self._jobs) - MAX_KEPT)]:
                 del self._jobs[old.id]
             self._start_thread()
         self._queue.put(job)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipelines.studio import worker
-from pipelines.studio.jobs import MAX_WAITING, Job, JobRunner
+from pipelines.studio.jobs import MAX_KEPT, MAX_WAITING, Job, JobRunner
 from pipelines.studio.worker import ModelCache, find_function
 
 pytestmark = pytest.mark.slow  # processes
@@ -161,6 +161,17 @@ def test_a_worker_killed_while_idle_is_replaced(runner: JobRunner) -> None:
     os.kill(process, signal.SIGKILL)
     wait_until(lambda: runner.process_id is None)
     assert ended(start(runner, "count", steps=1))["result"]["pid"] != process
+
+
+def test_the_oldest_ended_jobs_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = JobRunner("trials", "sqlite:////nowhere/mlflow.db")
+    monkeypatch.setattr(runner, "_start_thread", lambda: None)
+    jobs = []
+    for _ in range(MAX_KEPT + 5):
+        jobs.append(start(runner, "count"))
+        runner.cancel("me", jobs[-1].id)
+    kept = [runner.get("me", job.id) is not None for job in jobs]
+    assert kept == [False] * 5 + [True] * MAX_KEPT
 
 
 def test_two_models_are_kept() -> None:
