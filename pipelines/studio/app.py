@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import threading
 from collections.abc import AsyncIterator
@@ -18,6 +17,7 @@ from data_prep.uris import path_from_sqlite_url
 from pipelines.studio import job_api, runs_pages, token_page, try_api
 from pipelines.studio.cached import Cached, database_check
 from pipelines.studio.errors import add_error_handlers
+from pipelines.studio.imports import import_alone
 from pipelines.studio.jobs import JobRunner
 from pipelines.studio.runs_cache import cached_runs
 from pipelines.studio.security import SecurityMiddleware
@@ -94,7 +94,7 @@ class SlowPages:
             if self.added:
                 return
             for name in SLOW_PAGES:
-                self._app.include_router(importlib.import_module(f"pipelines.studio.{name}").router)
+                self._app.include_router(import_alone(f"pipelines.studio.{name}").router)
             self.added = True
 
 
@@ -120,6 +120,7 @@ def _warm_up(pages: SlowPages, studio: Studio) -> None:
 
 def _load_registry(tracking_uri: str) -> RegistrySnapshot:
     """The registry; empty if there is no database yet: the pages then say how to get models."""
+    import_alone("pipelines.studio.registry_snapshot")
     from pipelines.studio.registry_snapshot import RegistrySnapshot, load_registry
 
     path = path_from_sqlite_url(tracking_uri)

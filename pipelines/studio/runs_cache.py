@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from pipelines.studio.cached import Cached
+from pipelines.studio.imports import import_alone
 
 if TYPE_CHECKING:
     from pipelines.studio.run_views import RunsSnapshot
@@ -25,6 +26,7 @@ class _Source:
 
     @cached_property
     def reader(self) -> RunsReader:
+        import_alone("pipelines.studio.runs_snapshot")
         from pipelines.studio.runs_snapshot import RunsReader
 
         return RunsReader(self.storage_uri)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import HTTPException
 
+from pipelines.studio.imports import import_alone
+
 if TYPE_CHECKING:
     from pipelines.registry.loaded_model import VersionFacts
     from pipelines.studio.registry_snapshot import VersionSummary
@@ -30,6 +32,7 @@ def find_summary(studio: Studio, version_id: str) -> VersionSummary:
 
 def version_facts(studio: Studio, summary: VersionSummary) -> VersionFacts:
     """What the version's MLmodel file records; it does not change, and is read once. Takes seconds the first time."""
+    import_alone("pipelines.registry.load")
     from pipelines.registry.load import read_facts
     from pipelines.studio.registry_snapshot import REGISTRY_LOCK
 

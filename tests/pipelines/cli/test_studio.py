@@ -83,6 +83,7 @@ def test_the_studio_prints_its_link_serves_and_ends_cleanly(tmp_path: Path) -> N
     assert started < 10
 
 
+@pytest.mark.slow  # listens
 def test_a_port_in_use_is_named(command_line: Callable[..., tuple[int, str, str]]) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
