@@ -25,7 +25,7 @@ from pipelines.evaluation.significance import mean_stats
 from pipelines.evaluation.verdict import TITLES
 from pipelines.registry.client import registry_client
 from pipelines.registry.describe import read_mlmodel
-from pipelines.registry.searching import logged_model_id
+from pipelines.registry.searching import logged_model_id, split_column
 from pipelines.studio.registry_snapshot import REGISTRY_LOCK, VersionSummary
 from pipelines.tracking.pages import logged_model_page, run_page, version_page
 from pipelines.training.curves import TrainingCurves, read_curves
@@ -141,7 +141,7 @@ def stored_scores(storage_uri: str, version: VersionSummary, metadata: Mapping[s
 
 def _is_of(scores: StoredScores, version: VersionSummary) -> bool:
     """Whether a storage's scores belong to the version: another registry's version can have the same step key."""
-    return {column.partition("/")[0] for column in version.scores} <= set(scores.counts)
+    return {split_column(column)[0] for column in version.scores} <= set(scores.counts)
 
 
 @lru_cache(maxsize=256)
@@ -173,16 +173,10 @@ def band_scores(evaluation: EvaluationResult, label: str) -> StoredScores:
     for method in evaluation.methods:
         if method in TITLES:
             means = evaluation.to_metrics(method)
-            for masks, bands in evaluation.bands.items():
-                if len(set(bands)) == 1:  # the set's means are its only band's too
-                    own = [
-                        column
-                        for column in means
-                        if column.count("/") == 1 and column.startswith(f"{masks}/")
-                    ]
-                    means |= {
-                        f"{masks}/{bands[0]}/{column.partition('/')[2]}": means[column] for column in own
-                    }
+            for column, value in list(means.items()):
+                masks, band, metric = split_column(column)
+                if not band and len(set(bands := evaluation.bands[masks])) == 1:
+                    means[f"{masks}/{bands[0]}/{metric}"] = value  # the set's means are its only band's too
             baselines[TITLES[method]] = means
     return StoredScores(intervals, baselines, counts, by_band=True)
 

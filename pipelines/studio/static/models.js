@@ -206,7 +206,8 @@ function showChoice() {
 
 /** Step 1: compare where the registry asks for it, and show what to confirm. Step 2: set the alias. */
 async function setAlias() {
-  const { name, version } = state;
+  const opened = state; // another one if the dialog is closed and opened again meanwhile
+  const { name, version } = opened;
   const path = `/api/models/${encodeURIComponent(name)}/${version}`;
   if (!state.plan) {
     const alias = chosenAlias();
@@ -214,12 +215,12 @@ async function setAlias() {
     if (plan.job) {
       state.running = plan.job.id;
       const job = await followIn($(".job", aliasDialog), plan.job.id);
-      if (!state) return; // the dialog was closed
+      if (state !== opened) return;
       state.running = null;
       if (job.state !== "finished") return;
       plan = { ...plan, ...(await api("GET", `/api/models/plans/${plan.job.id}`)) };
     }
-    if (!state) return;
+    if (state !== opened) return;
     state.plan = { ...plan, alias };
     $(".choose", aliasDialog).hidden = true;
     $("#alias-title").textContent = `Make version ${version} ${alias}`;
