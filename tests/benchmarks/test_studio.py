@@ -44,11 +44,11 @@ def seconds_of(url: str) -> float:
 
 
 def create_runs(folder: Path) -> StudioStorage:
-    """The four runs of the studio's tests, and finished ones with reports."""
+    """The four runs of the studio's tests, and finished ones with reports; no two share a step."""
     made = StudioStorage.create(folder)
     for number in range(RUNS - 4):
         run = made.record(
-            f"run-{number:02d}", ["data.source=/srv/photographs", f"data.size={64 + 8 * number}"]
+            f"run-{number:02d}", ["data.source=/srv/photographs", f"data.size={512 + 8 * number}"]
         )
         made.finish(run, [step.name for step in run.steps])
         made.write_report(run)
