@@ -103,14 +103,10 @@ class Cached(Generic[T]):
         started = self._clock()
         try:
             state = self._check() if self._check else None  # before loading, so that no change is missed
-            if checked and self._check and not self.error and state == self._checked:
-                self._due_at = started + self.seconds
-                return
-            value = self._load_value()
+            if not (checked and self._check and not self.error and state == self._checked):
+                self._set_value(self._load_value(), state)
         except Exception as error:
             self._set_error(explain_error(error))
-        else:
-            self._set_value(value, state)
         self._due_at = started + max(self.seconds, (self._clock() - started) / LOADS_SHARE)
 
     def _set_value(self, value: T, state: Hashable) -> None:

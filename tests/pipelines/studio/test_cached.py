@@ -19,12 +19,12 @@ class Harness:
 
     def __init__(self, seconds: float = 4.0, checks: bool = False) -> None:
         self.now, self.source, self.loads, self.took = 0.0, "a", 0, 0.0
-        self.fails, self.state = "", 0
+        self.fails, self.state, self.check_took = "", 0, 0.0
         self.started: list[Callable[[], None]] = []
         self.cached = Cached(
             self.load,
             seconds,
-            (lambda: self.state) if checks else None,
+            self.check if checks else None,
             clock=lambda: self.now,
             start=self.started.append,
         )
@@ -35,6 +35,10 @@ class Harness:
         if self.fails:
             raise ValueError(self.fails)
         return self.source
+
+    def check(self) -> int:
+        self.now += self.check_took
+        return self.state
 
     def run_refresh(self) -> None:
         self.started.pop()()
@@ -151,6 +155,21 @@ def test_a_slow_load_takes_at_most_a_third_of_the_time() -> None:
     harness.cached.get()
     assert not harness.started
     harness.now = 15.0
+    harness.cached.get()
+    assert harness.started
+
+
+def test_a_slow_check_takes_at_most_a_third_of_the_time() -> None:
+    harness = Harness(checks=True)
+    harness.check_took = 2.0
+    harness.cached.get()
+    harness.now = 10.0
+    harness.cached.get()
+    harness.run_refresh()  # from 10 to 12
+    harness.now = 15.9
+    harness.cached.get()
+    assert not harness.started
+    harness.now = 16.0
     harness.cached.get()
     assert harness.started
 
