@@ -2,6 +2,7 @@
 
 import { toast } from "./studio.js";
 import { byId, loadImage, make } from "./try-dom.js";
+import { strengthen } from "./try-view.js";
 import { title } from "./try-versions.js";
 
 const KNOWN_COLOUR = "#00e0ff";
@@ -19,7 +20,9 @@ export function attachEdges(editor, versions, sync) {
   let asked = 0;
 
   const layer = editor.pane.add(editor.edgesCanvas, (context, pane) => {
-    if (known && show.checked && !editor.overlay) editor.view.draw(context, pane, known);
+    if (!known || !show.checked || editor.overlay) return;
+    editor.view.draw(context, pane, known);
+    strengthen(context, editor.view.scale * pane.ratio);
   });
 
   const takers = () => versions.chosen.map((id) => versions.detail(id)).filter((version) => version?.takes_edges);

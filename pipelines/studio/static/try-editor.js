@@ -1,7 +1,7 @@
 // The photograph, the hole on it and the tools: what a pointer or the keyboard paints.
 
 import { History, PaintLayer } from "./try-layer.js";
-import { Pane, View, attachPointers, wheelPixels } from "./try-view.js";
+import { Pane, View, attachPointers, strengthen, wheelPixels } from "./try-view.js";
 
 /** Rare in photographs, so that the hole is seen on any. */
 export const HOLE_COLOUR = "#f0147f";
@@ -9,7 +9,7 @@ export const LINE_COLOUR = "#ffe92e";
 
 const MIN_BRUSH = 1;
 const MIN_PEN = 1;
-const MAX_PEN = 4;
+const MAX_PEN = 4; // on a photograph with sides up to 1,000 pixels; in proportion on a larger one
 
 /**
  * The stage. Fires "mask" and "lines" when a step changed them, "tool" when tool or size changed, "say" with a sentence
@@ -47,6 +47,7 @@ export class Editor extends EventTarget {
     this.lines.paint = (context) => {
       if (this.overlay) return;
       PaintLayer.prototype.paint.call(this.lines, context);
+      strengthen(context, this.view.scale * this.pane.ratio);
       this.#clipToHole(context);
     };
     this.cursor = stage.querySelector(".cursor");
@@ -73,6 +74,7 @@ export class Editor extends EventTarget {
     this.lines.reset(photo.width, photo.height);
     this.emptyLines = this.lines.revision;
     this.history.clear();
+    this.pen = this.maxPen / 2;
     this.brush = Math.max(8, Math.round(Math.min(photo.width, photo.height) / 12));
     this.view.fit(this.pane);
     this.pane.invalidate();
@@ -82,6 +84,10 @@ export class Editor extends EventTarget {
 
   get maxBrush() {
     return Math.max(64, Math.round(Math.min(this.photo?.width ?? 512, this.photo?.height ?? 512) / 2));
+  }
+
+  get maxPen() {
+    return MAX_PEN * Math.max(1, Math.round(Math.min(this.photo?.width ?? 0, this.photo?.height ?? 0) / 1000));
   }
 
   get isPen() {
@@ -100,7 +106,7 @@ export class Editor extends EventTarget {
 
   set size(value) {
     const size = Math.round(Number(value) || 1);
-    if (this.isPen) this.pen = Math.min(MAX_PEN, Math.max(MIN_PEN, size));
+    if (this.isPen) this.pen = Math.min(this.maxPen, Math.max(MIN_PEN, size));
     else this.brush = Math.min(this.maxBrush, Math.max(MIN_BRUSH, size));
     this.#placeMarks();
     this.#emit("tool");
@@ -231,7 +237,9 @@ export class Editor extends EventTarget {
       trace(context);
       context.stroke();
     }, box, erase);
-    if (layer === this.lines) this.#clipToHole(layer.onScreen.context);
+    if (layer !== this.lines) return;
+    if (this.view.scale * this.pane.ratio < 1) this.pane.invalidate(layer.onScreen); // strengthened with the next frame
+    else this.#clipToHole(layer.onScreen.context);
   }
 
   #clipToHole(context) {

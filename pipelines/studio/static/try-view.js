@@ -97,6 +97,15 @@ export class View extends EventTarget {
   }
 }
 
+/**
+ * Strengthen thin lines that fade where the photograph is shown smaller: the canvas is drawn on itself until a line one
+ * pixel wide is nearly opaque. Leaves the context without transform.
+ */
+export function strengthen(context, scale) {
+  context.setTransform(1, 0, 0, 1, 0, 0);
+  for (let shown = scale; shown < 1; shown *= 2) context.drawImage(context.canvas, 0, 0);
+}
+
 /** An element that shows a View on one or more canvases on top of each other; drawn at most once per frame. */
 export class Pane {
   width = 0;

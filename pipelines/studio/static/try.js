@@ -102,7 +102,7 @@ function showTool() {
     button.setAttribute("aria-pressed", String(button.dataset.tool === editor.tool));
   }
   const [range, number] = [byId("size"), byId("size-number")];
-  range.max = number.max = String(editor.isPen ? 4 : editor.maxBrush);
+  range.max = number.max = String(editor.isPen ? editor.maxPen : editor.maxBrush);
   range.value = String(editor.size);
   if (document.activeElement !== number) number.value = String(editor.size);
   range.disabled = number.disabled = editor.tool === "pan" || editor.tool === "box";
