@@ -160,7 +160,7 @@ def _model_page(request: Request, model: ModelSummary, metric: str, masks: str, 
         charts=[
             versions_chart(choice.title, points, digits(choice.metric), narrow) for narrow in (False, True)
         ]
-        if choice and points
+        if choice and len(points) > 1
         else [],
         points=points,
         other_protocol={point.version for point in points if not point.comparable},
