@@ -11,7 +11,7 @@ form.addEventListener("submit", async (event) => {
     location.assign("/");
   } catch (error) {
     const message = document.getElementById("token-error");
-    message.textContent = error.message;
+    message.textContent = `${error.message[0].toUpperCase()}${error.message.slice(1)}.`;
     message.hidden = false;
     form.elements.token.select();
   }
