@@ -20,6 +20,7 @@ PAGES = [
     "evaluation",
     "registry",
     "filling",
+    "studio",
     "python-api",
     "clusters",
     "data-format",
