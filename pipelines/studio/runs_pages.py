@@ -128,7 +128,7 @@ def _find(studio: Studio, name: str) -> RunView:
     return run
 
 
-def _helpers(studio: Studio) -> dict[str, object]:
+def _helpers(studio: Studio) -> dict[str, Any]:
     return {
         "chips": CHIPS,
         "step_chips": STEP_CHIPS,

@@ -194,8 +194,8 @@ def band_panels(version: VersionSummary, stored: StoredScores) -> list[tuple[str
                         BandPoint(
                             band,
                             version.scores[column],
-                            interval and interval.low,
-                            interval and interval.high,
+                            interval.low if interval else None,
+                            interval.high if interval else None,
                             stored.counts.get(masks, {}).get(band),
                         )
                     )
@@ -261,7 +261,10 @@ def score_tables(version: VersionSummary, stored: StoredScores) -> list[ScoreTab
                     None
                     if value is None
                     else ScoreCell(
-                        value, interval and interval.low, interval and interval.high, digits(metric)
+                        value,
+                        interval.low if interval else None,
+                        interval.high if interval else None,
+                        digits(metric),
                     )
                 )
             rows.append(ScoreRow(title, counts.get(band), tuple(cells)))

@@ -35,10 +35,10 @@ def parse_seen_record(text: bytes, key: str) -> SeenRecord:
         run = run_status.parse_record(text, key)
         steps = tuple(step.as_step() for step in run.steps)
     except ValueError as error:
-        text = str(error)
-        if not text.startswith(key):
-            text = f"{key} is damaged; the next run of this name writes it anew: {text}"
-        raise ValueError(text) from None
+        reason = str(error)
+        if not reason.startswith(key):
+            reason = f"{key} is damaged; the next run of this name writes it anew: {reason}"
+        raise ValueError(reason) from None
     return SeenRecord(run, steps, run_status.history_record_key("", run))
 
 
@@ -90,7 +90,9 @@ class SeenWorkflow(Workflow):
     def _view(self, step: Step, status: StepStatus) -> StepView:
         records = self.attempts(status.key) if status.key else []
         last = records[-1] if records else None
-        manifest = self.read_valid_manifest(step, status.key)[0] if status.state == "finished" else None
+        manifest = None
+        if status.key and status.state == "finished":
+            manifest = self.read_valid_manifest(step, status.key)[0]
         state = status.state
         if state == TO_RUN and last is not None:
             state = INTERRUPTED if last.error.startswith("interrupted") else FAILED

@@ -34,10 +34,11 @@ class StorageFiles:
         for name in self.fingerprints.get(folder, {}).keys() - found.keys():
             self._decoded.pop(f"{folder}/{name}", None)
         self.fingerprints[folder] = found
-        self._groups[folder] = groups = {}
+        groups: dict[str, list[str]] = {}
         for name in found:
             group, _, rest = name.partition("/")
             groups.setdefault(group, []).append(rest)
+        self._groups[folder] = groups
 
     def names(self, folder: str) -> list[str]:
         """The names in a listed folder, sorted."""
