@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 from collections.abc import AsyncIterator
@@ -111,11 +112,19 @@ class SlowPagesMiddleware:
 
 
 def _warm_up(pages: SlowPages, studio: Studio) -> None:
-    """Import and load what the pages show, while the person looks at the first one."""
-    pages.add()
-    for cached in (studio.registry, studio.runs):
-        with suppress(ValueError):  # the pages show it
-            cached.get()
+    """Import and load what the pages show, while the person looks at the first one.
+
+    Without Python's garbage collection, which would look through all that the imports create again and again: a
+    quarter of the time.
+    """
+    gc.disable()
+    try:
+        pages.add()
+        for cached in (studio.registry, studio.runs):
+            with suppress(ValueError):  # the pages show it
+                cached.get()
+    finally:
+        gc.enable()
 
 
 def _load_registry(tracking_uri: str) -> RegistrySnapshot:
