@@ -39,11 +39,6 @@ export class Comparison extends EventTarget {
     this.index = Math.max(0, this.results.findIndex(({ image }) => image));
   }
 
-  /** Whether any version gave a result. */
-  get hasResult() {
-    return this.results.some(({ image }) => image);
-  }
-
   /** Enter the result: `way` is "slider" or "grid". */
   show(way = this.results.length > 1 ? "grid" : "slider") {
     this.way = way;
@@ -101,7 +96,8 @@ export class Comparison extends EventTarget {
     for (const tag of byId("grid").querySelectorAll("[data-at]")) {
       tag.setAttribute("aria-pressed", String(Number(tag.dataset.at) === this.index));
     }
-    this.divider.setAttribute("aria-label", `Divider between the photograph and ${this.current ? nameOf(this.current) : "the result"}`);
+    const name = this.current ? nameOf(this.current) : "the result";
+    this.divider.setAttribute("aria-label", `Divider between the photograph and ${name}`);
     this.dispatchEvent(new Event("change"));
   }
 
@@ -184,7 +180,8 @@ export class Comparison extends EventTarget {
 
   #openGrid() {
     const { view, photo, image } = this.editor;
-    const cells = [{ name: "Photograph", image }, ...this.results.map((result) => ({ ...result, name: nameOf(result) }))];
+    const results = this.results.map((result) => ({ ...result, name: nameOf(result) }));
+    const cells = [{ name: "Photograph", image }, ...results];
     const grid = byId("grid");
     grid.style.setProperty("--columns", String(this.#columns(grid, cells.length, photo)));
     view.fitted = true;
@@ -195,8 +192,13 @@ export class Comparison extends EventTarget {
   #columns(grid, count, photo) {
     const width = grid.clientWidth || 1;
     const height = grid.clientHeight || 1;
-    const scale = (columns) => Math.min(width / columns / photo.width, height / Math.ceil(count / columns) / photo.height);
-    return Array.from({ length: count }, (_, at) => at + 1).reduce((best, each) => (scale(each) > scale(best) ? each : best), 1);
+    let best = { columns: 1, scale: 0 };
+    for (let columns = 1; columns <= count; columns += 1) {
+      const rows = Math.ceil(count / columns);
+      const scale = Math.min(width / columns / photo.width, height / rows / photo.height);
+      if (scale > best.scale) best = { columns, scale };
+    }
+    return best.columns;
   }
 
   #cell({ name, image, error, at }) {
@@ -206,14 +208,17 @@ export class Comparison extends EventTarget {
       tag.dataset.ownPointer = tag.dataset.at = String(at);
       tag.addEventListener("click", () => this.choose(at));
     }
-    if (!image) return make("div", { className: "stage failed" }, make("p", { textContent: error ?? "No result" }), tag);
+    if (!image) {
+      return make("div", { className: "stage failed" }, make("p", { textContent: error ?? "No result" }), tag);
+    }
     const canvas = make("canvas", { role: "img", "aria-label": name });
     const cell = make("div", { className: "stage hand" }, canvas, tag);
     const pane = new Pane(cell, this.editor.view);
     pane.add(canvas, (context) => this.editor.view.draw(context, pane, image));
     const nothing = () => {};
     attachPointers(pane, {
-      pans: () => true, start: nothing, move: nothing, end: nothing, cancel: nothing, hover: nothing, wheel: () => false,
+      pans: () => true, wheel: () => false,
+      start: nothing, move: nothing, end: nothing, cancel: nothing, hover: nothing,
     });
     this.#panes.push(pane);
     return cell;

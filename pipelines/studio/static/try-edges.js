@@ -52,7 +52,7 @@ export function attachEdges(editor, versions, sync) {
       return editor.pane.invalidate(layer);
     }
     try {
-      const image = await read("");
+      const image = await read({});
       if (ticket !== asked) return; // a newer request is under way
       known = recolour(image);
     } catch (error) {
@@ -63,7 +63,9 @@ export function attachEdges(editor, versions, sync) {
 
   async function read(extra) {
     await sync.send();
-    const query = `version=${encodeURIComponent(select.value)}${extra}&max_tile_size=${byId("tile").value}&t=${Date.now()}`; // never from the cache
+    const query = new URLSearchParams({
+      version: select.value, max_tile_size: byId("tile").value, ...extra, t: String(Date.now()), // t: never from the cache
+    });
     return loadImage(`/api/photos/${editor.photo.id}/edges?${query}`);
   }
 
@@ -74,7 +76,7 @@ export function attachEdges(editor, versions, sync) {
   select.addEventListener("change", refresh);
   byId("own-edges").addEventListener("click", async () => {
     try {
-      editor.loadLines(await read("&inside=1"));
+      editor.loadLines(await read({ inside: "1" }));
       editor.choose("rubber");
       editor.say("The photograph's edges are in the hole. Erase and draw as you like.");
     } catch (error) {

@@ -138,7 +138,10 @@ export class Editor extends EventTarget {
 
   clear() { this.#change(() => this.mask.clear(), "The hole is cleared."); }
   invert() { this.#change(() => this.mask.invert(), "The hole is inverted."); }
-  loadMask(image) { this.#change(() => this.mask.load(image, (red, alpha) => alpha > 127 && red > 127), "The mask is loaded."); }
+
+  loadMask(image) {
+    this.#change(() => this.mask.load(image, (red, alpha) => alpha > 127 && red > 127), "The mask is loaded.");
+  }
 
   #change(change, sentence) {
     this.cancel();
@@ -175,7 +178,8 @@ export class Editor extends EventTarget {
       return;
     }
     const layer = this.isPen ? this.lines : this.mask;
-    this.#stroke = { layer, erase: erase || this.tool === "eraser" || this.tool === "rubber", x, y, middle: { x, y } };
+    const erases = erase || this.tool === "eraser" || this.tool === "rubber";
+    this.#stroke = { layer, erase: erases, x, y, middle: { x, y } };
     this.extend(x, y);
   }
 
@@ -188,7 +192,8 @@ export class Editor extends EventTarget {
     const middle = { x: (stroke.x + x) / 2, y: (stroke.y + y) / 2 };
     this.#paint((context) => {
       context.moveTo(from.x, from.y);
-      if (middle.x === from.x && middle.y === from.y) context.lineTo(from.x + 0.01, from.y); // a line of no length is not drawn
+      // a line of no length is not drawn
+      if (middle.x === from.x && middle.y === from.y) context.lineTo(from.x + 0.01, from.y);
       else context.quadraticCurveTo(stroke.x, stroke.y, middle.x, middle.y);
     }, [from, stroke, middle]);
     Object.assign(stroke, { x, y, middle });
@@ -238,7 +243,8 @@ export class Editor extends EventTarget {
       context.stroke();
     }, box, erase);
     if (layer !== this.lines) return;
-    if (this.view.scale * this.pane.ratio < 1) this.pane.invalidate(layer.onScreen); // strengthened with the next frame
+    // where the photograph is shown smaller, the next frame strengthens the line
+    if (this.view.scale * this.pane.ratio < 1) this.pane.invalidate(layer.onScreen);
     else this.#clipToHole(layer.onScreen.context);
   }
 
@@ -272,7 +278,8 @@ export class Editor extends EventTarget {
     const right = Math.min(this.photo.width, Math.ceil(Math.max(x, toX)));
     const bottom = Math.min(this.photo.height, Math.ceil(Math.max(y, toY)));
     if (right - left < 2 || bottom - top < 2) return;
-    this.mask.draw((context) => context.fillRect(left, top, right - left, bottom - top), { left, top, right, bottom }, erase);
+    const fill = (context) => context.fillRect(left, top, right - left, bottom - top);
+    this.mask.draw(fill, { left, top, right, bottom }, erase);
     this.history.commit();
     this.pane.invalidate(this.lines.onScreen);
     this.#emit("mask");

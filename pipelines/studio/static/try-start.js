@@ -71,7 +71,8 @@ async function showSamples(open) {
   byId("samples").replaceChildren(...samples.map(({ id, title, thumb }) => {
     const button = make("button", { type: "button", disabled },
       make("img", { src: thumb, alt: "", loading: "lazy" }), make("span", { textContent: title }));
-    button.addEventListener("click", () => open(() => api("POST", `/api/photos/sample/${encodeURIComponent(id)}`), null));
+    const load = () => api("POST", `/api/photos/sample/${encodeURIComponent(id)}`);
+    button.addEventListener("click", () => open(load, null));
     return button;
   }));
   byId("samples-area").hidden = samples.length === 0;

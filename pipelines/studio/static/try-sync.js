@@ -29,7 +29,9 @@ export class Sync {
     const { editor } = this;
     const { photo, mask, lines } = editor;
     if (!photo) return null;
-    if (this.#sent.photo !== photo.id) this.#sent = { photo: photo.id, mask: -1, lines: -1, fraction: 0, hadLines: false };
+    if (this.#sent.photo !== photo.id) {
+      this.#sent = { photo: photo.id, mask: -1, lines: -1, fraction: 0, hadLines: false };
+    }
     const sent = this.#sent;
     const maskRevision = mask.revision;
     if (sent.mask !== maskRevision) {

@@ -5,7 +5,8 @@ import { byId, debounce, listNotes, make } from "./try-dom.js";
 
 const MOST = 4;
 const NEWEST = 3; // of each model, besides those with an alias, until all are asked for
-const MOST_FOUND = 60;
+const FOUND = 12; // of each model that the filter finds
+const MOST_FOUND = 60; // of all models
 const REMEMBERED = "inpaint.versions";
 
 /** Fires "change" when other versions are chosen or their details are there, "refused" when a fifth is chosen. */
@@ -28,8 +29,8 @@ export class Versions extends EventTarget {
     this.all = await api("GET", "/api/versions");
     const known = new Set(this.all.map(({ id }) => id));
     const wanted = new URLSearchParams(location.search).getAll("version"); // a link from a model's page
-    const kept = [...(this.chosen.length ? this.chosen : wanted.length ? wanted : remembered())].filter((id) => known.has(id));
-    this.chosen = [...new Set(kept)].slice(0, MOST);
+    const before = [this.chosen, wanted, remembered()].map((ids) => ids.filter((id) => known.has(id)));
+    this.chosen = [...new Set(before.find((ids) => ids.length) ?? [])].slice(0, MOST);
     if (!this.chosen.length && this.all.length) this.chosen = [byRank(this.all)[0].id];
     this.#list();
     await this.#changed();
@@ -37,12 +38,14 @@ export class Versions extends EventTarget {
 
   /** Say that the list cannot be read; what was chosen stays. */
   fail(sentence) {
-    if (!this.all.length) byId("version-list").replaceChildren(make("p", { className: "small", textContent: sentence }));
+    const note = make("p", { className: "small", textContent: sentence });
+    if (!this.all.length) byId("version-list").replaceChildren(note);
   }
 
   /** What is known of a version: the list's entry, and once it is read what the model's file says. */
   detail(id) {
-    return this.#details.get(id) ?? this.all.find((each) => each.id === id);
+    const listed = this.all.find((each) => each.id === id);
+    return { ...listed, ...this.#details.get(id), aliases: listed?.aliases ?? [] }; // aliases move
   }
 
   /** Show warnings [{version, text}] beside their versions. */
@@ -56,7 +59,8 @@ export class Versions extends EventTarget {
     if (!id) return;
     if (box.checked && this.chosen.length >= MOST) {
       box.checked = false;
-      this.dispatchEvent(new CustomEvent("refused", { detail: `At most ${MOST} versions are compared: remove one first.` }));
+      const detail = `At most ${MOST} versions are compared: remove one first.`;
+      this.dispatchEvent(new CustomEvent("refused", { detail }));
       return;
     }
     this.chosen = box.checked ? [...this.chosen, id] : this.chosen.filter((each) => each !== id);
@@ -67,7 +71,8 @@ export class Versions extends EventTarget {
     this.chosen = this.chosen.filter((each) => each !== id);
     this.#list();
     this.#changed();
-    byId("version-filter").focus();
+    const box = byId("version-list").querySelector(`[data-version="${CSS.escape(id)}"]`);
+    (box ?? byId("version-filter")).focus({ preventScroll: true });
   }
 
   async #changed() {
@@ -93,12 +98,14 @@ export class Versions extends EventTarget {
   }
 
   #showChosen() {
-    byId("chosen-count").textContent = this.chosen.length ? `${this.chosen.length} of at most ${MOST}` : "none chosen";
+    const { length } = this.chosen;
+    byId("chosen-count").textContent = length ? `${length} of at most ${MOST}` : "none chosen";
     byId("chosen").replaceChildren(...this.chosen.map((id) => this.#card(this.detail(id))));
   }
 
   #card(version) {
-    const remove = make("button", { type: "button", textContent: "×", "aria-label": `Remove ${title(version)}`, title: "Remove" });
+    const remove = make("button", { type: "button", textContent: "×", title: "Remove" });
+    remove.setAttribute("aria-label", `Remove ${title(version)}`);
     remove.addEventListener("click", () => this.#remove(version.id));
     const notes = make("ul", { className: "notes" });
     const warnings = this.#warnings.filter((warning) => warning.version === version.id);
@@ -123,21 +130,30 @@ export class Versions extends EventTarget {
     const parts = [];
     for (const [name, found] of groups) {
       const ranked = byRank(found);
-      const few = ranked.filter((version, at) => version.aliases.length || at < NEWEST || this.chosen.includes(version.id));
-      const shown = (this.#open.has(name) ? ranked : words.length ? ranked.slice(0, 12) : few).slice(0, this.#open.has(name) ? 500 : room);
-      room -= shown.length;
+      const shown = this.#open.has(name) ? ranked : this.#few(ranked, words.length > 0).slice(0, room);
+      room = Math.max(0, room - shown.length);
       if (!shown.length) continue;
       parts.push(make("h3", { textContent: name }), ...shown.map((version) => this.#row(version)));
       if (shown.length < ranked.length) parts.push(this.#more(name, ranked.length));
     }
-    if (!parts.length) parts.push(make("p", { className: "soft small", textContent: words.length ? "No version matches." : "No model is registered." }));
+    if (!parts.length) {
+      const none = words.length ? "No version matches." : "No model is registered.";
+      parts.push(make("p", { className: "soft small", textContent: none }));
+    }
     const focused = document.activeElement?.dataset.version; // is kept when the list is read again
     byId("version-list").replaceChildren(...parts);
     if (focused) byId("version-list").querySelector(`[data-version="${CSS.escape(focused)}"]`)?.focus();
   }
 
+  /** The versions of a model that are listed until all are asked for. */
+  #few(ranked, isFound) {
+    if (isFound) return ranked.slice(0, FOUND);
+    return ranked.filter(({ id, aliases }, at) => aliases.length || at < NEWEST || this.chosen.includes(id));
+  }
+
   #row(version) {
-    const box = make("input", { type: "checkbox", checked: this.chosen.includes(version.id), "data-version": version.id });
+    const checked = this.chosen.includes(version.id);
+    const box = make("input", { type: "checkbox", checked, "data-version": version.id });
     box.setAttribute("aria-label", `${title(version)} ${version.aliases.join(" ")}`.trim());
     return make("label", { className: "version" }, box, make("span", { textContent: `v${version.version}` }),
       make("span", { className: "chips" }, ...chips(version)),
@@ -158,10 +174,14 @@ export class Versions extends EventTarget {
 /** Name and version as shown. */
 export const title = ({ name, version }) => `${name} v${version}`;
 
-const text = (version) => `${version.name} v${version.version} ${version.model ?? ""} ${version.aliases.join(" ")}`.toLowerCase();
+const text = (version) =>
+  [version.name, `v${version.version}`, version.model ?? "", ...version.aliases].join(" ").toLowerCase();
 
 function byRank(versions) {
-  const rank = ({ aliases }) => (aliases.includes("champion") ? 0 : aliases.includes("candidate") ? 1 : aliases.length ? 2 : 3);
+  const rank = ({ aliases }) => {
+    const known = ["champion", "candidate"].findIndex((alias) => aliases.includes(alias));
+    return known >= 0 ? known : aliases.length ? 2 : 3;
+  };
   return [...versions].sort((a, b) => rank(a) - rank(b)); // the sort is stable: newest first within a rank
 }
 
@@ -182,7 +202,8 @@ function about({ size, sigma, created }) {
 
 function shortDate(created) {
   const date = new Date(typeof created === "number" && created < 1e11 ? created * 1000 : created);
-  return created && !Number.isNaN(date.valueOf()) ? date.toLocaleDateString(undefined, { day: "numeric", month: "short" }) : "";
+  if (!created || Number.isNaN(date.valueOf())) return "";
+  return date.toLocaleDateString(undefined, { day: "numeric", month: "short" });
 }
 
 /** What a version was trained on, in one line. */

@@ -52,7 +52,8 @@ function showPhoto(photo, image) {
   editor.show(photo, image);
   byId("photo-name").textContent = photo.name;
   byId("photo-name").title = photo.name;
-  byId("photo-facts").textContent = [`${photo.width} × ${photo.height}`, photo.format, photo.mode].filter(Boolean).join(" · ");
+  const facts = [`${photo.width} × ${photo.height}`, photo.format, photo.mode];
+  byId("photo-facts").textContent = facts.filter(Boolean).join(" · ");
   listNotes(byId("photo-notes"), (photo.notes ?? []).map((text) => ({ text })));
   listNotes(byId("mask-notes"), []);
   showFrames(photo);
@@ -116,7 +117,9 @@ function showHistory() {
 editor.addEventListener("tool", showTool);
 editor.history.addEventListener("change", showHistory);
 editor.addEventListener("say", (event) => { byId("announcer").textContent = event.detail; });
-editor.view.addEventListener("change", () => { byId("zoom").textContent = `${Math.round(100 * editor.view.scale)} %`; });
+editor.view.addEventListener("change", () => {
+  byId("zoom").textContent = `${Math.round(100 * editor.view.scale)} %`;
+});
 
 // ---- the hole
 
@@ -271,12 +274,14 @@ async function fill() {
 }
 
 async function showResult(done) {
+  const errors = done.versions.map(({ error }) => error);
+  if (errors.every(Boolean)) return message(errors.join(" — "));
   await comparison.load(done);
-  if (!comparison.hasResult && comparison.results.length === 1) return message(comparison.results[0].error);
   setMode("result");
   comparison.show();
-  editor.say(comparison.results.length > 1 ? "The results are there." : "The result is there. Arrow keys move the divider.");
-  (comparison.way === "slider" ? byId("divider") : byId("back")).focus({ preventScroll: true });
+  const slider = comparison.way === "slider";
+  editor.say(slider ? "The result is there. Arrow keys move the divider." : "The results are there, side by side.");
+  byId(slider ? "divider" : "back").focus({ preventScroll: true });
 }
 
 function setMode(mode) {
@@ -321,15 +326,21 @@ const editing = (action) => () => (byId("editor").dataset.mode === "edit" && edi
 const tool = (name) => editing(() => editor.choose(name));
 const pen = (name) => editing(() => (byId("edge-tools").hidden ? false : editor.choose(name)));
 const shown = (action) => () => (editor.photo ? action() : false);
-const version = (at) => () => (byId("editor").dataset.mode === "result" ? comparison.choose(at) : at === 0 ? commands["zoom-full"]() : false);
+/** 1 to 4: the version shown in the result; 1 shows the photograph at 100 % before. */
+const version = (at) => () => {
+  if (byId("editor").dataset.mode === "result") return comparison.choose(at);
+  return at === 0 && editor.photo ? commands["zoom-full"]() : false;
+};
 
 attachCrosshair(editor);
 attachHand(editor);
 attachShortcuts({
   b: tool("brush"), e: tool("eraser"), r: tool("box"), h: tool("pan"), p: pen("pen"), o: pen("rubber"),
-  z: editing(commands.undo), "mod+z": editing(commands.undo), "shift+mod+z": editing(commands.redo), "mod+y": editing(commands.redo),
+  z: editing(commands.undo), "mod+z": editing(commands.undo),
+  "shift+mod+z": editing(commands.redo), "mod+y": editing(commands.redo),
   "[": editing(() => editor.resize(-1)), "]": editing(() => editor.resize(1)), i: editing(commands.invert),
-  "+": shown(commands["zoom-in"]), "=": shown(commands["zoom-in"]), "-": shown(commands["zoom-out"]), 0: shown(commands.fit),
+  "+": shown(commands["zoom-in"]), "=": shown(commands["zoom-in"]), "-": shown(commands["zoom-out"]),
+  0: shown(commands.fit),
   1: version(0), 2: version(1), 3: version(2), 4: version(3),
   Enter: editing(fill), "?": () => commands.help(),
   Escape: () => editor.cancel() || filling.cancel() || back(),
