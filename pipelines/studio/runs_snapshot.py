@@ -113,7 +113,8 @@ class RunsReader:
         try:
             return self._readable_run(name, reports)
         except (ValueError, StorageError, OSError) as error:
-            return RunView(name, DAMAGED, problem=explain_error(error), reports=reports)
+            command = likely_command(name, name.endswith(SWEEP_SUFFIX), self.storage)
+            return RunView(name, DAMAGED, problem=explain_error(error), reports=reports, command=command)
 
     def _readable_run(self, name: str, reports: tuple[Report, ...]) -> RunView:
         record = self._record(f"{name}{run_status.SUFFIX}")

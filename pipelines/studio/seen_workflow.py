@@ -37,7 +37,7 @@ def parse_seen_record(text: bytes, key: str) -> SeenRecord:
     except ValueError as error:
         reason = str(error)
         if not reason.startswith(key):
-            reason = f"{key} is damaged; the next run of this name writes it anew: {reason}"
+            reason = f"{key} is damaged ({reason}): the next run of this name writes it anew"
         raise ValueError(reason) from None
     return SeenRecord(run, steps, run_status.history_record_key("", run))
 
