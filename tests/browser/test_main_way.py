@@ -51,7 +51,7 @@ def test_try_by_mouse(page: Page, tmp_path: Path) -> None:
     result = photo.download()
     assert result.suggested_filename == "a photo-filled.png"
     check_result(result, source, hole)
-    np.testing.assert_array_equal(read_mask(photo.download("Download mask")), hole)
+    np.testing.assert_array_equal(read_mask(photo.download("mask")), hole)
 
 
 def test_try_by_keyboard(page: Page) -> None:

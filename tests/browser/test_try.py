@@ -289,7 +289,7 @@ def test_the_format_of_the_result_is_chosen(opened: TryPage) -> None:
     assert result.suggested_filename.endswith((".tif", ".tiff"))
     with Image.open(result.path()) as image:
         assert image.format == "TIFF"
-    assert read_mask(opened.download("Download mask")).any()
+    assert read_mask(opened.download("mask")).any()
 
 
 def test_the_keys_are_listed(opened: TryPage) -> None:

@@ -132,8 +132,9 @@ class TryPage:
         return self.page.get_by_role("slider", name=re.compile("^Divider"))
 
     def download(self, link: str = "Download result") -> Download:
+        """What a link whose name ends so downloads."""
         with self.page.expect_download() as download:
-            self.page.get_by_role("link", name=link, exact=True).click()
+            self.page.get_by_role("link", name=re.compile(f"{link}$", re.IGNORECASE)).click()
         return download.value
 
     def painted(self, layer: str) -> int:
