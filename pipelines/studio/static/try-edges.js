@@ -62,9 +62,10 @@ export function attachEdges(editor, versions, sync) {
   }
 
   async function read(extra) {
+    const version = select.value; // may change while the hole is sent
     await sync.send();
     const query = new URLSearchParams({
-      version: select.value, max_tile_size: byId("tile").value, ...extra, t: String(Date.now()), // t: never from the cache
+      version, max_tile_size: byId("tile").value, ...extra, t: String(Date.now()), // t: never from the cache
     });
     return loadImage(`/api/photos/${editor.photo.id}/edges?${query}`);
   }
