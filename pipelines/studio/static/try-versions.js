@@ -207,12 +207,15 @@ function shortDate(created) {
 }
 
 /** What a version was trained on, in one line. */
-function trained({ model, size, sigma, masks, hole_range: range }) {
+function trained({ model, size, sigma, needs_edges: needsEdges, takes_edges: takesEdges, masks, hole_range: range }) {
   const parts = [];
   if (size) parts.push(`${size}\u00a0×\u00a0${size}\u00a0px`);
-  if (range) parts.push(`holes of ${Math.round(100 * range[0])} to ${Math.round(100 * range[1])}\u00a0%`);
+  if (range) {
+    const [low, high] = range.map((fraction) => Math.round(100 * fraction));
+    parts.push(`holes of ${low === high ? low : `${low} to ${high}`}\u00a0%`);
+  }
   if (masks?.length) parts.push(`${[masks].flat().join(", ")} masks`);
-  if (sigma) parts.push(`edges at σ\u00a0${sigma}`);
+  if (sigma && (needsEdges || takesEdges)) parts.push(`edges at σ\u00a0${sigma}`);
   if (!parts.length) return model ?? "";
   return `Trained on ${parts.join(", ")}`;
 }
