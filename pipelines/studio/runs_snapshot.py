@@ -197,6 +197,11 @@ class RunsReader:
                     records.append(self.files.decoded(folder, file, parse_trial).record)
                 except (ValueError, StorageError) as error:
                     records.append(TrialRecord(int(file[:4]), {}, DAMAGED, explain_error(error)))
+        if view.state in (FAILED, INTERRUPTED):  # nobody wrote the ends of its trials
+            records = [
+                replace(record, state=INTERRUPTED) if record.state == RUNNING else record
+                for record in records
+            ]
         result = SweepResult(workflow.name, "", {}, metrics, tuple(records))
         best = result.best_group.setting if result.best_group else None
         return metrics, tuple(

@@ -100,7 +100,8 @@ def test_states_progress_and_results(made: StudioStorage) -> None:
 
 
 def test_a_sweep_has_its_trials_and_the_best_is_marked(made: StudioStorage) -> None:
-    sweep = read(made.storage)[SWEEP_RUN]
+    with made.running():
+        sweep = read(made.storage)[SWEEP_RUN]
     assert (sweep.kind, sweep.metrics[0]) == ("sweep", "psnr_rgb_hole")
     assert [trial.record.state for trial in sweep.trials] == [
         "finished",
@@ -113,6 +114,12 @@ def test_a_sweep_has_its_trials_and_the_best_is_marked(made: StudioStorage) -> N
     assert sweep.trial_counts == {"finished": 2, "stopped": 1, "failed": 1, "running": 1}
     assert sweep.command == f"inpaint sweep context_encoder-lambda --storage {os.path.relpath(made.folder)}"
     assert not sweep.is_command_recorded
+
+
+def test_the_trials_that_a_dead_sweep_was_running_are_interrupted(made: StudioStorage) -> None:
+    sweep = read(made.storage)[SWEEP_RUN]
+    assert sweep.state == "interrupted"
+    assert sweep.trial_counts == {"finished": 2, "stopped": 1, "failed": 1, "interrupted": 1}
 
 
 def test_a_run_whose_process_died_is_interrupted(made: StudioStorage) -> None:
