@@ -181,7 +181,8 @@ def test_a_move_that_somebody_else_made_meanwhile_is_not_overwritten(
     page.goto(f"{studio.url}/models/edges/1")
     dialog = AliasDialog(page)
     dialog.open("Set alias…")
-    confirm = dialog.go_on("mine")  # candidate
+    dialog.dialog.get_by_label("Alias", exact=True).select_option(label="candidate")
+    confirm = dialog.go_on("mine")
     registry.rollback("edges", reason="somebody else", tracking_uri=uri)
     registry.promote("edges", "1", "candidate", reason="somebody else", tracking_uri=uri)
     registry.promote("edges", "2", "candidate", reason="somebody else", tracking_uri=uri)

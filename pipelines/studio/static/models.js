@@ -251,7 +251,7 @@ document.addEventListener("click", async (event) => {
   const set = event.target.closest("button[data-set-alias]"), back = event.target.closest("button[data-rollback]");
   if (set && aliasDialog) {
     state = { name: set.dataset.name, version: set.dataset.version, plan: null, running: null };
-    $("#alias-kind").value = set.dataset.setAlias || "candidate";
+    $("#alias-kind").value = set.dataset.setAlias;
     $(".choose", aliasDialog).hidden = false;
     $("#alias-title").textContent = `Set an alias on ${state.name} version ${state.version}`;
     $("button[type=submit]", aliasDialog).textContent = "Continue";
