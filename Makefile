@@ -1,7 +1,7 @@
 # make demo      train and register two models on bundled photographs, on this machine (about ten minutes the first time)
 # make check     lint and the fast tests, without Ray and servers (two minutes);   make test   the test suite
 # make soak      the long tests: every model instead of one or two, runs with many injected faults, the wheel
-# make test-browser   the studio in Debian's chromium, all of it (make test has its main part); skipped without chromium
+# make test-browser   the studio in Debian's chromium: what make test leaves out, which has the main way; skipped without chromium
 # make lint      ruff and mypy;   make bench   the benchmarks
 # make gpu       on a machine with a GPU: is training right, and how fast? five minutes, needs torch but neither Ray nor MLflow
 # make bfloat16  which bfloat16 convolutions does torch compute right on this CPU? ten minutes
@@ -40,7 +40,7 @@ test: $(READY)
 
 # STUDIO_SCREENSHOTS=1: also writes pictures of all pages, light and dark, narrow and wide, into build/studio-screenshots
 test-browser: $(READY)
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser -m 'browser or slow' -n 2 --dist loadfile
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/browser -m browser -n 2 --dist loadfile
 
 lint: $(READY)
 	@$(BIN)/ruff check .
