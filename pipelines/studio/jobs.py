@@ -22,6 +22,8 @@ POLL_SECONDS = 0.1
 PREPARE = "prepare"  # in the queue of jobs
 MAX_WAITING = 8  # jobs of one session
 MAX_KEPT = 200  # ended jobs of a runner
+INTERNAL_RESULTS = ("comparison", "promotion")
+"""Kinds of jobs whose results may hold paths of this machine: pages get them from their templates, which cut paths."""
 
 
 @dataclass(eq=False)
@@ -66,7 +68,7 @@ class Job:
             "seconds": 0.0 if self.started is None else round(now - self.started, 2),
             "eta_seconds": None if eta is None else round(eta, 1),
             "error": None if self.error is None else shown(self.error),
-            "result": self.result,
+            "result": None if self.kind in INTERNAL_RESULTS else self.result,
         }
 
 

@@ -193,3 +193,10 @@ def test_only_functions_of_the_studio_are_run() -> None:
     for name in ("os:system", "pipelines.studios.x:y", "pipelines.registry:delete"):
         with pytest.raises(ValueError, match="not a function of the studio"):
             find_function(name)
+
+
+@pytest.mark.parametrize("kind", ["comparison", "promotion"])
+def test_a_result_with_paths_stays_in_the_server(kind: str) -> None:
+    job = Job("1", "mine", kind, "f", {}, state="finished", result={"plan": {"images": "/home/me/shards"}})
+    assert "/home/me" not in str(job.as_json())
+    assert job.result
