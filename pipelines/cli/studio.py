@@ -12,6 +12,7 @@ import socket
 import threading
 import webbrowser
 from collections.abc import Callable
+from contextlib import suppress
 
 from pipelines.cli.arguments import AddCommand, port_number
 
@@ -63,10 +64,9 @@ def studio_command(args: argparse.Namespace) -> int:
             if args.open:
                 threading.Thread(target=webbrowser.open, args=(link,), daemon=True).start()
 
-        try:
+        with suppress(KeyboardInterrupt):  # uvicorn may raise it again after the end
             serve(create_app(settings), listener, announce)
-        except KeyboardInterrupt:  # uvicorn raises it again after the end
-            print("\nthe studio has ended")
+        print("\nthe studio has ended")
     return 0
 
 

@@ -144,22 +144,29 @@ def test_formats_of_results(client: TestClient, image: np.ndarray, wanted: str, 
     )
 
 
-def test_one_versions_error_does_not_lose_the_others(
-    client: TestClient, image: np.ndarray, store: MlflowStore
-) -> None:
-    run = store.client.create_registered_model("broken") and store.run_id
-    store.client.create_model_version("broken", "file:///nowhere/at/all", run)
+@pytest.fixture
+def broken(client: TestClient, store: MlflowStore) -> Iterator[str]:
+    """A version whose files are missing, while the test runs: other tests share the registry."""
+    store.client.create_registered_model("broken")
+    store.client.create_model_version("broken", "file:///nowhere/at/all", store.run_id)
     client.app.state.studio.registry.refresh()  # type: ignore[attr-defined]
+    yield "broken/1"
+    store.client.delete_registered_model("broken")
+
+
+def test_one_versions_error_does_not_lose_the_others(
+    client: TestClient, image: np.ndarray, broken: str
+) -> None:
     photo = add(client, encoded(image), hole_of(image))
-    job = fill(client, photo["id"], ["broken/1", "encoder/1"])
-    broken, good = job["result"]["versions"]
+    job = fill(client, photo["id"], [broken, "encoder/1"])
+    bad, good = job["result"]["versions"]
     assert job["state"] == "finished"
-    assert broken["error"]
-    assert "/nowhere/at" not in broken["error"]
+    assert bad["error"]
+    assert "/nowhere/at" not in bad["error"]
     assert good["error"] is None
     assert client.get(good["download"]).status_code == 200
     assert client.get(f"/api/jobs/{job['id']}/results/0/download").status_code == 404
-    assert fill(client, photo["id"], ["broken/1"])["state"] == "failed"
+    assert fill(client, photo["id"], [broken])["state"] == "failed"
 
 
 def test_edges_are_those_that_the_model_sees(client: TestClient) -> None:
