@@ -61,7 +61,7 @@ def check_fill(model: ModelFacts, inputs: list[TileInput]) -> list[str]:
     """Why the model cannot fill the hole, or the warnings that a fill would give before it is done."""
     for tile_input in inputs:
         if reason := model.hole_error(tile_input.hole):
-            return [f"{model.name} cannot fill this hole: {reason}"]
+            return [f"the hole cannot be filled: {reason}"]
     fractions = [tile_input.fraction for tile_input in inputs]
     return [*hole_warning(model, fractions), *tile_warning(model, [item.tile for item in inputs])]
 

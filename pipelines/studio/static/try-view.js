@@ -155,9 +155,12 @@ export class Pane {
     this.width = this.element.clientWidth;
     this.height = this.element.clientHeight;
     this.ratio = Math.min(window.devicePixelRatio || 1, 2);
-    for (const layer of this.#layers) this.#size(layer);
+    for (const layer of this.#layers) {
+      this.#size(layer);
+      layer.stale = true;
+    }
     if (this.view.fitted) this.view.fit(this);
-    this.invalidate();
+    this.#paint(); // at once: a new size clears a canvas, and waiting for the next frame would flash
   }
 
   #size({ canvas }) {
@@ -166,6 +169,7 @@ export class Pane {
   }
 
   #paint() {
+    cancelAnimationFrame(this.#frame);
     this.#frame = 0;
     if (!this.width) return;
     for (const layer of this.#layers.filter((each) => each.stale)) {
