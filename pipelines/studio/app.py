@@ -25,8 +25,6 @@ from pipelines.studio.security import SecurityMiddleware
 from pipelines.studio.sessions import Sessions
 from pipelines.studio.settings import StudioSettings
 from pipelines.studio.state import HERE, Studio, open_templates
-from pipelines.studio.state import render as render
-from pipelines.studio.state import studio_of as studio_of
 
 if TYPE_CHECKING:  # imports MLflow, which takes two seconds: the first page does not wait for it
     from pipelines.studio.registry_snapshot import RegistrySnapshot

@@ -18,13 +18,13 @@ from pipelines.registry import aliases
 from pipelines.registry.alias_moves import AliasState
 from pipelines.registry.client import registry_client
 from pipelines.registry.promotion import PromotionPlan, carry_out, needs_comparison
-from pipelines.studio.app import Studio, studio_of
 from pipelines.studio.job_api import find_job
 from pipelines.studio.models_pages import MAX_COMPARED_PHOTOGRAPHS, find_model, find_version
 from pipelines.studio.registry_snapshot import REGISTRY_LOCK, ModelSummary
 from pipelines.studio.score_views import compared_scores, difference_row
 from pipelines.studio.security import Writer
 from pipelines.studio.sessions import Session
+from pipelines.studio.state import Studio, studio_of
 
 MAX_REASON_CHARS = 500
 MAX_KEPT_COMPARISONS = 8  # of a session: the pictures of earlier ones are removed

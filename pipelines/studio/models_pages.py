@@ -19,7 +19,6 @@ from models import paper
 from pipelines.plots.svg import curve_svg
 from pipelines.registry.client import CANDIDATE, CHAMPION, registry_client
 from pipelines.registry.model_card import HISTORY_HEADING
-from pipelines.studio.app import Studio, render, studio_of
 from pipelines.studio.charts import bands_chart, sparkline, versions_chart
 from pipelines.studio.markdown import render_markdown
 from pipelines.studio.registry_snapshot import (
@@ -38,6 +37,7 @@ from pipelines.studio.score_views import (
     score_tables,
     version_points,
 )
+from pipelines.studio.state import Studio, render, studio_of
 from pipelines.studio.version_details import VersionFiles, stored_curves, stored_scores, version_files
 from pipelines.studio.version_facts import differences, origin_facts
 from pipelines.tracking.pages import registered_model_page
