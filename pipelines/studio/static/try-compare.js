@@ -9,6 +9,7 @@ export class Comparison extends EventTarget {
   index = 0;
   way = "slider";
   #panes = [];
+  #gridSize = null; // the observer of the grid
 
   /** @param {import("./try-editor.js").Editor} editor */
   constructor(editor) {
@@ -183,7 +184,10 @@ export class Comparison extends EventTarget {
     const results = this.results.map((result) => ({ ...result, name: nameOf(result) }));
     const cells = [{ name: "Photograph", image }, ...results];
     const grid = byId("grid");
-    grid.style.setProperty("--columns", String(this.#columns(grid, cells.length, photo)));
+    this.#gridSize = new ResizeObserver(() => {
+      grid.style.setProperty("--columns", String(this.#columns(grid, cells.length, photo)));
+    });
+    this.#gridSize.observe(grid);
     view.fitted = true;
     grid.replaceChildren(...cells.map((cell) => this.#cell(cell)));
   }
@@ -227,6 +231,7 @@ export class Comparison extends EventTarget {
   #closeGrid() {
     for (const pane of this.#panes) pane.close();
     this.#panes = [];
+    this.#gridSize?.disconnect();
     byId("grid").replaceChildren();
   }
 }
