@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import queue
 import secrets
+import signal
 import threading
 import time
 from collections import OrderedDict
@@ -245,7 +246,12 @@ class JobRunner:
                     name=f"inpaint-studio-{self.name}",
                     daemon=True,
                 )
-                process.start()
+                # Ctrl-C goes to all processes of a terminal: this one never sees it, and is ended by `close`
+                mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                try:
+                    process.start()
+                finally:
+                    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                 other.close()
                 self._process = process
             return self._connection

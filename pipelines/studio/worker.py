@@ -10,7 +10,6 @@ import json
 import logging
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 from collections import OrderedDict
@@ -98,7 +97,6 @@ def find_function(name: str) -> Callable[..., Any]:
 
 def work(connection: Connection, tracking_uri: str) -> None:
     """The process's main function: jobs from the connection until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all: the parent ends this process
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["MLFLOW_TRACKING_URI"] = tracking_uri
     models = ModelCache(lambda version: _load_model(version, tracking_uri))

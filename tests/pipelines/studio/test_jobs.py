@@ -110,6 +110,19 @@ def test_a_job_that_reports_progress_is_cancelled_and_its_process_stays(runner: 
     assert waiting.result is None
 
 
+def test_an_interrupt_from_the_terminal_is_left_to_the_parent(
+    runner: JobRunner, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also one that comes while the process starts."""
+    runner.prepare()
+    wait_until(lambda: runner.process_id is not None)
+    process = runner.process_id
+    assert process is not None
+    os.kill(process, signal.SIGINT)
+    assert ended(start(runner, "count", steps=1))["result"]["pid"] == process
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_job_that_does_not_react_is_killed(runner: JobRunner) -> None:
     job = start(runner, "sleep", seconds=60)
     wait_until(lambda: job.note == "asleep")
