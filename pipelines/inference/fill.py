@@ -14,7 +14,15 @@ from pipelines.inference.fill_checks import hole_warning, seam_warning, tile_war
 from pipelines.inference.fill_inputs import read_hole, read_user_edges
 from pipelines.inference.photo_file import PhotoFile, read_photo_file
 from pipelines.inference.seam import measure_seam
-from pipelines.inference.tiles import MIN_TILE_SIZE, Tile, TilePlan, downscale, downscale_mask, upscale
+from pipelines.inference.tiles import (
+    DEFAULT_MAX_TILE_SIZE,
+    MIN_TILE_SIZE,
+    Tile,
+    TilePlan,
+    downscale,
+    downscale_mask,
+    upscale,
+)
 
 if TYPE_CHECKING:
     # imports torch and MLflow, which takes seconds
@@ -77,7 +85,7 @@ def fill(
     *,
     invert: bool | None = None,
     dilate: int = 0,
-    max_tile_size: int = 512,
+    max_tile_size: int = DEFAULT_MAX_TILE_SIZE,
     blend: bool = False,
     edges_path: str | Path | None = None,
     frame: int | None = None,
@@ -106,7 +114,7 @@ def prepare_fill(
     *,
     invert: bool | None = None,
     dilate: int = 0,
-    max_tile_size: int = 512,
+    max_tile_size: int = DEFAULT_MAX_TILE_SIZE,
     edges_path: str | Path | None = None,
     frame: int | None = None,
     hole_values: Sequence[str] | None = None,

@@ -21,6 +21,7 @@ from pipelines.inference.fill_record import (
     sha256_of,
 )
 from pipelines.inference.folder_plan import FillJob, FolderPlan, list_names, plan_folder
+from pipelines.inference.tiles import DEFAULT_MAX_TILE_SIZE
 from pipelines.inference.writing import LOSSY_WARNING, WriteError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class FillOptions:
 
     invert: bool | None = None
     dilate: int = 0
-    max_tile_size: int = 512
+    max_tile_size: int = DEFAULT_MAX_TILE_SIZE
     blend: bool = False
     frame: int | None = None
     hole_values: tuple[str, ...] | None = None

@@ -11,6 +11,7 @@ import numpy as np
 
 from pipelines.inference.fill_checks import hole_warning, tile_warning
 from pipelines.inference.tiles import (
+    DEFAULT_MAX_TILE_SIZE,
     MIN_TILE_SIZE,
     Tile,
     TilePlan,
@@ -21,8 +22,6 @@ from pipelines.inference.tiles import (
 
 if TYPE_CHECKING:
     from pipelines.registry.loaded_model import ModelFacts
-
-MAX_TILE_SIZE = 512  # as `prepare_fill`
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class TileInput:
 
 
 def tile_inputs(
-    model: ModelFacts, hole: np.ndarray, max_tile_size: int = MAX_TILE_SIZE
+    model: ModelFacts, hole: np.ndarray, max_tile_size: int = DEFAULT_MAX_TILE_SIZE
 ) -> Iterator[TileInput]:
     """The model calls, in the order of `run_fill`, for a hole bool [H,W]."""
     plan = TilePlan(hole, model.size or MIN_TILE_SIZE, max_tile_size)
@@ -67,7 +66,7 @@ def check_fill(model: ModelFacts, inputs: list[TileInput]) -> list[str]:
 
 
 def known_edges(
-    model: ModelFacts, rgb: np.ndarray, hole: np.ndarray, max_tile_size: int = MAX_TILE_SIZE
+    model: ModelFacts, rgb: np.ndarray, hole: np.ndarray, max_tile_size: int = DEFAULT_MAX_TILE_SIZE
 ) -> np.ndarray:
     """bool [H,W]: the edges outside the hole as the model sees them, at its input's resolution, in the photograph.
 
@@ -85,7 +84,7 @@ def known_edges(
 
 
 def edges_inside(
-    model: ModelFacts, rgb: np.ndarray, hole: np.ndarray, max_tile_size: int = MAX_TILE_SIZE
+    model: ModelFacts, rgb: np.ndarray, hole: np.ndarray, max_tile_size: int = DEFAULT_MAX_TILE_SIZE
 ) -> np.ndarray:
     """bool [H,W]: the photograph's own edges inside the hole, at the resolution and sigma that the model knows: what
     a person can start drawing from."""

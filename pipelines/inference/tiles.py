@@ -9,6 +9,7 @@ import numpy as np
 
 MERGE_DISTANCE = 8  # pixels; holes closer than twice this are one hole
 MIN_TILE_SIZE = 32  # pixels; the least that --max-tile-size takes
+DEFAULT_MAX_TILE_SIZE = 512  # pixels, of a tile as model input
 SIZE_STEP = 32  # pixels to which tile sizes are rounded up: every new size permanently costs the model memory
 
 

@@ -14,7 +14,6 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from data_prep.uris import path_from_sqlite_url
 from pipelines.studio import job_api, runs_pages, token_page, try_api
 from pipelines.studio.cached import Cached, database_check
 from pipelines.studio.errors import add_error_handlers
@@ -126,9 +125,7 @@ def _warm_up(pages: SlowPages, studio: Studio) -> None:
 
 
 def _load_registry(tracking_uri: str) -> RegistrySnapshot:
-    """The registry; empty if there is no database yet: the pages then say how to get models."""
     import_alone("pipelines.studio.registry_snapshot")
-    from pipelines.studio.registry_snapshot import RegistrySnapshot, load_registry
+    from pipelines.studio.registry_snapshot import load_registry
 
-    path = path_from_sqlite_url(tracking_uri)
-    return load_registry(tracking_uri) if path is None or path.exists() else RegistrySnapshot()
+    return load_registry(tracking_uri)

@@ -21,6 +21,7 @@ from pipelines.registry.client import CANDIDATE, CHAMPION, registry_client
 from pipelines.registry.model_card import HISTORY_HEADING
 from pipelines.studio.charts import bands_chart, sparkline, versions_chart
 from pipelines.studio.markdown import render_markdown
+from pipelines.studio.origin import differences, origin_facts
 from pipelines.studio.registry_snapshot import (
     REGISTRY_LOCK,
     ModelSummary,
@@ -39,7 +40,6 @@ from pipelines.studio.score_views import (
 )
 from pipelines.studio.state import Studio, render, studio_of
 from pipelines.studio.version_details import VersionFiles, stored_curves, stored_scores, version_files
-from pipelines.studio.version_facts import differences, origin_facts
 from pipelines.tracking.pages import registered_model_page
 
 MAX_PICTURE_BYTES = 8 * 2**20

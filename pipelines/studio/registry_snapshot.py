@@ -178,10 +178,10 @@ def load_registry(tracking_uri: str | None = None) -> RegistrySnapshot:
     except NotRegistered:  # the first run makes the database
         return RegistrySnapshot()
     by_name: dict[str, list[ModelVersion]] = {model.name: [] for model in models}
-    for (
-        version
-    ) in versions:  # by number; a model that was registered between the two searches comes with the next load
-        if version.name in by_name:
+    for version in versions:  # by number
+        if (
+            version.name in by_name
+        ):  # one that was registered between the two searches comes with the next load
             by_name[version.name].append(version)
     return RegistrySnapshot(
         tuple(

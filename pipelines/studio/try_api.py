@@ -12,8 +12,8 @@ from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, Response
 
 from data_prep.sources import bundled_names, bundled_photo
-from pipelines.inference.preview import MAX_TILE_SIZE, check_fill, edges_inside, known_edges, tile_inputs
-from pipelines.inference.tiles import MIN_TILE_SIZE
+from pipelines.inference.preview import check_fill, edges_inside, known_edges, tile_inputs
+from pipelines.inference.tiles import DEFAULT_MAX_TILE_SIZE, MIN_TILE_SIZE
 from pipelines.studio import photos
 from pipelines.studio.fill_jobs import FUNCTION, SUFFIXES
 from pipelines.studio.jobs import Job
@@ -152,7 +152,7 @@ def get_edges(
     photo_id: str,
     version: str,
     inside: bool = False,
-    max_tile_size: TileSize = MAX_TILE_SIZE,
+    max_tile_size: TileSize = DEFAULT_MAX_TILE_SIZE,
 ) -> Response:
     studio, photo = studio_of(request), find_photo(session, photo_id)
     facts = version_facts(studio, find_summary(studio, version))
@@ -275,7 +275,7 @@ def _result_name(studio: Studio, session: Writer, job_id: str, index: int) -> st
 
 
 def _tile_size(body: dict[str, Any]) -> int:
-    max_tile_size = body.get("max_tile_size", MAX_TILE_SIZE)
+    max_tile_size = body.get("max_tile_size", DEFAULT_MAX_TILE_SIZE)
     if not isinstance(max_tile_size, int) or not MIN_TILE_SIZE <= max_tile_size <= MOST_TILE_SIZE:
         raise HTTPException(400, f"max_tile_size: {MIN_TILE_SIZE} to {MOST_TILE_SIZE} pixels")
     return max_tile_size

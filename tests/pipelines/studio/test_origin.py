@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from pipelines.studio.origin import differences, origin_facts
 from pipelines.studio.registry_snapshot import VersionSummary
-from pipelines.studio.version_facts import differences, origin_facts
 
 METADATA: dict[str, Any] = {
     "model": "edge_connect",
