@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -247,6 +248,7 @@ class JobRunner:
                     daemon=True,
                 )
                 # Ctrl-C goes to all processes of a terminal: this one never sees it, and is ended by `close`
+                resource_tracker.ensure_running()  # else the start starts it, and that unblocks the signal
                 mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
                 try:
                     process.start()
