@@ -270,12 +270,18 @@ def test_a_fill_needs_a_hole_and_something_around_it(client: TestClient, image: 
 
 
 def test_a_fill_is_cancelled(client: TestClient, image: np.ndarray) -> None:
-    photo = add(client, encoded(image), hole_of(image))
+    large = cv2.resize(image, (1152, 1152))
+    hole = np.zeros(large.shape[:2], bool)
+    for row in range(20, 1136, 96):
+        for column in range(20, 1136, 96):  # 144 tiles: it does not end before it is cancelled
+            hole[row : row + 10, column : column + 10] = True
+    photo = add(client, encoded(large), hole)
     job = client.post("/api/fills", json={"photo": photo["id"], "versions": BOTH}).json()
     began = time.monotonic()
     client.post(f"/api/jobs/{job['id']}/cancel")
     assert wait_for_job(client, job)["state"] == "cancelled"
     assert time.monotonic() - began < 6
+    photo = add(client, encoded(image), hole_of(image))
     assert fill(client, photo["id"], ["encoder/1"])["state"] == "finished"
 
 
