@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 SCORES_TAG, PROTOCOL_TAG, DISTANCE_TAG = "inpaint.scores", "inpaint.protocol", "inpaint.distance"
 FEATURES_TAG = "inpaint.features"
+DEFAULT_METRIC = "psnr_rgb_hole"  # decides which version becomes champion, for versions that record none
 METRIC_ALIASES = {
     "psnr": "psnr_rgb_hole",
     "ssim": "ssim_gauss11_rgb",

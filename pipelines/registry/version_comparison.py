@@ -23,9 +23,9 @@ from pipelines.evaluation.protocol import Protocol
 from pipelines.evaluation.results import EvaluationResult
 from pipelines.recipe import EvaluationConfig
 from pipelines.registry.loaded_model import LoadedModel, LoadedModelMethod, largest_training_size
+from pipelines.registry.searching import DEFAULT_METRIC
 from pipelines.registry.version_record import ScoredOn
 
-DEFAULT_METRIC = "psnr_rgb_hole"  # of versions that record none
 MAX_PHOTOGRAPHS = 200
 
 

@@ -25,6 +25,7 @@ from pipelines.registry.client import (
     utc_time,
 )
 from pipelines.registry.searching import (
+    DEFAULT_METRIC,
     DISTANCE_TAG,
     FEATURES_TAG,
     PROTOCOL_TAG,
@@ -38,8 +39,6 @@ from pipelines.registry.searching import (
 REGISTRY_LOCK = threading.RLock()
 """Held by every use of `registry_client` in the studio's process: it sets process-wide settings of MLflow and restores
 them, so two uses at a time would restore each other's."""
-
-MAIN_METRIC = "psnr_rgb_hole"
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ class VersionSummary:
     @property
     def main_column(self) -> str:
         """The column of the main score: the deciding metric over all photographs of the first mask set; '' without."""
-        for metric in (self.metric, MAIN_METRIC):
+        for metric in (self.metric, DEFAULT_METRIC):
             for column in self.scores:
                 _, band, name = split_column(column)
                 if not band and name == metric:
@@ -236,7 +235,7 @@ def _version_summary(
         sigma=_number(tags.get("sigma", "")),
         recipe=tags.get("inpaint.recipe", ""),
         commit=tags.get("inpaint.commit", ""),
-        metric=tags.get("inpaint.metric", "").partition(" ")[0] or MAIN_METRIC,
+        metric=tags.get("inpaint.metric", "").partition(" ")[0] or DEFAULT_METRIC,
         tags={key: text for key, text in sorted(tags.items()) if key != SCORES_TAG},
         scores=version_scores(version, logged),
         protocol=tags.get(PROTOCOL_TAG, ""),

@@ -20,6 +20,7 @@ from pipelines.durable.lease import LeaseHolder
 from pipelines.durable.run_status import StepProgress
 from pipelines.durable.workflow import run_lease
 from pipelines.errors import explain_error
+from pipelines.recipe import Recipe, Sweep
 from pipelines.report_files import REPORTS_FOLDER, headline, list_reports
 from pipelines.shipped_recipes import shipped_recipes
 from pipelines.studio.run_views import (
@@ -53,8 +54,8 @@ from pipelines.sweeps.trial_store import is_trial_file, parse_trial, trial_store
 
 LISTED = (run_status.STATUS_FOLDER, MANIFESTS, ATTEMPTS, LEASES, REPORTS_FOLDER)
 BUCKET_THREADS = 8  # that read from a bucket at once
-DEFAULT_METRICS = ("psnr_rgb_hole", "fd")  # of the recipe's `sweep.metrics`
-DEFAULT_STORAGE = "runs"  # of the recipe
+DEFAULT_METRICS: tuple[str, ...] = Sweep.model_fields["metrics"].default
+DEFAULT_STORAGE: str = Recipe.model_fields["storage"].default
 SWEEP_SUFFIX = "-sweep"  # of the name of a sweep's run
 
 
