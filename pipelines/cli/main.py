@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
@@ -36,9 +39,12 @@ COMMANDS: tuple[Callable[[AddCommand], None], ...] = (
 )
 """Functions that add the commands, in the order of --help."""
 
+TERMINATED = 128 + signal.SIGTERM
+"""The exit status after SIGTERM."""
+
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a command and exit: 0 done, 1 error (one line on stderr), 2 wrong usage, 130 interrupted."""
+    """Run a command and exit: 0 done, 1 error (one line on stderr), 2 wrong usage, 130 interrupted, 143 terminated."""
     args = build_parser().parse_args(argv)
     bypass_proxy_for_loopback()
     if is_ray_job(os.environ):  # nobody watches a job
@@ -50,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     # no notices for a program that calls main() or reads JSON
     quiet = argv is not None or getattr(args, "json", False)
     try:
-        with notices.command(startup_notice(args), quiet):
+        with _exit_on_sigterm(), notices.command(startup_notice(args), quiet):
             sys.exit(resolve_name(args.run)(args))
     except KeyboardInterrupt:
         print("\ninterrupted; the same command resumes", file=sys.stderr)
@@ -64,6 +70,31 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
         print(f"{args.prog}: {user_message(error)}", file=sys.stderr)
         sys.exit(1)
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Inside this context, SIGTERM raises SystemExit, as Ctrl-C raises KeyboardInterrupt: leases are released."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received = False
+
+    def handle(number: int, frame: object) -> NoReturn:
+        nonlocal received
+        received = True
+        sys.exit(TERMINATED)
+
+    previous = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    except SystemExit:
+        if received:
+            print("\nterminated; the same command resumes", file=sys.stderr)
+            sys.exit(TERMINATED)  # Ray replaces the status
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def startup_notice(args: argparse.Namespace) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -87,6 +89,8 @@ def ray_session(debug: bool = False, job_name: str = "") -> Iterator[None]:
             stack.enter_context(set_environment(SINGLE_NODE_ENV_VARS))
         if not debug:
             stack.enter_context(ray_internals.hidden_raylet_reports())
+        previous_handler = signal.getsignal(signal.SIGTERM)
+        stack.callback(_set_sigterm_handler, previous_handler)
         try:
             ray.init(address=head.address, log_to_driver=debug, logging_level=level, **options)
         except Exception as error:
@@ -96,10 +100,20 @@ def ray_session(debug: bool = False, job_name: str = "") -> Iterator[None]:
             raise SessionError(
                 f"Ray could not {action}: {known_cause(error) or _error_line(error)}"
             ) from error
+        # Ray's handler in C++ aborts the process 3 s after SIGTERM, which is too soon to cancel steps and to release
+        # leases. Setting a handler in Python, if need be Ray's own, replaces it.
+        is_default = previous_handler in (signal.SIG_DFL, None)
+        _set_sigterm_handler(signal.getsignal(signal.SIGTERM) if is_default else previous_handler)
         try:
             yield
         finally:
             ray.shutdown()
+
+
+def _set_sigterm_handler(handler: Any) -> None:
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if is_main_thread and handler is not None:  # None: set by a program that embeds Python
+        signal.signal(signal.SIGTERM, handler)
 
 
 def _error_line(error: Exception) -> str:

@@ -415,6 +415,10 @@ def test_a_job_that_is_stopped_leaves_no_lease(deployment: Deployment) -> None:
         command, env=deployment.submitter | token, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    logs = subprocess.run(
+        ["ray", "job", "logs", *command[3:]], env=deployment.submitter | token, capture_output=True, text=True
+    )
+    assert "terminated; the same command resumes" in logs.stdout
     assert objects(deployment, "stopped/leases") == []
     (record,) = [key for key in objects(deployment, "stopped/attempts") if "-train-" in key]
     attempt = json.loads(deployment.s3.get_object(Bucket="inpaint", Key=record)["Body"].read())

@@ -48,6 +48,28 @@ with ray_session():
 print(json.dumps(variables()), flush=True)
 """
 
+# A driver that is terminated. It prints the seconds until its abort (0: none) and whether its handler is back.
+TERMINATED_DRIVER = """
+import os, signal, sys
+import ray
+from pipelines.cluster.session import ray_session
+
+if sys.argv[1] == "own":
+    signal.signal(signal.SIGTERM, lambda number, frame: (print("called"), sys.exit()))
+handler = signal.getsignal(signal.SIGTERM)
+try:
+    with ray_session():
+        process = os.getpid()
+        never = ray.remote(resources={"none": 1})(lambda: None).remote()
+        ray.remote(lambda: os.kill(process, signal.SIGTERM)).remote()
+        try:
+            ray.wait([never])
+        finally:
+            print(signal.getitimer(signal.ITIMER_REAL)[0])
+finally:
+    print(signal.getsignal(signal.SIGTERM) == handler)
+"""
+
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -126,6 +148,20 @@ def test_a_notebook_is_on_loopback_only_for_its_own_ray(elsewhere: tuple[str, di
     finally:
         kill_processes(process_tree(notebook.pid))
         notebook.wait()
+
+
+@pytest.mark.parametrize("handler", ["Ray's", "own"])
+def test_sigterm_does_not_abort_a_driver_before_it_has_ended_its_steps(handler: str) -> None:
+    """Ray's handler in C++ would after 3 s."""
+    done = subprocess.run(
+        [sys.executable, "-c", TERMINATED_DRIVER, handler],
+        capture_output=True,
+        text=True,
+        env=clean_environment(),
+        timeout=120,
+    )
+    assert (done.stdout, done.stderr) == ("called\n" * (handler == "own") + "0.0\nTrue\n", "")
+    assert done.returncode == 1  # of ray.wait, whatever the handler said
 
 
 def test_a_long_tmpdir_is_replaced(photographs: Path, tmp_path: Path) -> None:
