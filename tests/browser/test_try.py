@@ -12,6 +12,7 @@ from browser.conftest import Studio
 from PIL import Image
 from playwright.sync_api import Page, expect
 
+from data_prep.sources import bundled_photo
 from support.cluster_harness import wait_for
 from support.studio_browser import Watch, accessibility_faults, screenshots
 from support.studio_try import TryPage, check_result, press, read_mask, upright, write_photo
@@ -290,6 +291,39 @@ def test_the_format_of_the_result_is_chosen(opened: TryPage) -> None:
     with Image.open(result.path()) as image:
         assert image.format == "TIFF"
     assert read_mask(opened.download("mask")).any()
+
+
+def test_the_seam_is_blended(opened: TryPage) -> None:
+    opened.paint_box(180, 100, 260, 180)
+    hole = opened.saved_mask()
+    opened.fill()
+    seam = upright(opened.download().path())
+    opened.page.get_by_role("button", name="Back to the mask").click()
+    opened.page.get_by_text("Options", exact=True).click()
+    opened.page.get_by_role("checkbox", name="Blend the seam").check()
+    opened.fill()
+    blended = upright(opened.download().path())
+    assert (blended != seam)[hole].any()
+    np.testing.assert_array_equal(blended[~hole], seam[~hole])
+
+
+def test_a_frame_of_a_file_with_several_is_chosen(photo: TryPage, tmp_path: Path) -> None:
+    frames = [bundled_photo("coffee")[:200, :300], bundled_photo("chelsea")[:180, :280]]
+    first, second = (Image.fromarray(np.ascontiguousarray(frame)) for frame in frames)
+    first.save(tmp_path / "scans.tiff", save_all=True, append_images=[second])
+    photo.open_file(tmp_path / "scans.tiff")
+    photo.choose("edges v2")
+    shown = photo.page.get_by_label("Frame")
+    expect(shown.locator("option:checked")).to_have_text("1 of 2")
+    shown.select_option("2")
+    expect(photo.page.get_by_text("280 × 180")).to_be_visible()
+    expect(shown.locator("option:checked")).to_have_text("2 of 2")
+    photo.paint_box(100, 80, 160, 120)
+    hole = photo.saved_mask()
+    photo.fill()
+    with Image.open(photo.download().path()) as result:
+        assert (result.format, getattr(result, "n_frames", 1)) == ("TIFF", 1)
+        np.testing.assert_array_equal(np.asarray(result)[~hole], frames[1][~hole])
 
 
 def test_the_keys_are_listed(opened: TryPage) -> None:

@@ -1,7 +1,7 @@
 // The photograph, the hole on it and the tools: what a pointer or the keyboard paints.
 
 import { History, PaintLayer } from "./try-layer.js";
-import { Pane, View, attachPointers, strengthen, wheelPixels } from "./try-view.js";
+import { ERASER_END, Pane, View, attachPointers, strengthen, wheelPixels } from "./try-view.js";
 
 /** Rare in photographs, so that the hole is seen on any. */
 export const HOLE_COLOUR = "#f0147f";
@@ -291,7 +291,7 @@ export class Editor extends EventTarget {
     if (!this.photo) return;
     this.showCrosshair(null);
     const { x, y } = this.#position(event);
-    this.begin(x, y, event.altKey || event.buttons === 32); // 32: the eraser end of a pen
+    this.begin(x, y, event.altKey || event.button === ERASER_END);
     this.#hover(event);
   }
 

@@ -182,8 +182,11 @@ export class Pane {
   }
 }
 
+export const ERASER_END = 5; // the button of a pen's other end
+
 /**
- * Pointers on a pane: two fingers zoom and pan, the middle button and the pan tool pan, all else goes to the tool.
+ * Pointers on a pane: two fingers zoom and pan, the middle button and the pan tool pan, all else goes to the tool. The
+ * hand that holds a pen does nothing.
  * @param {Pane} pane
  * @param {{pans: (event) => boolean, start: Function, move: Function, end: Function, cancel: Function, hover: Function,
  *   wheel: Function}} tool `start(event)`, `move(events)`, `end()`, `cancel()`, `hover(event or null)`;
@@ -193,11 +196,14 @@ export function attachPointers(pane, tool) {
   const { element, view } = pane;
   const touches = new Map(); // pointerId -> last position
   let drawing = null; // pointerId
+  let penDraws = false;
   let panning = null;
   let pinched = false; // until all fingers are up
 
   element.addEventListener("pointerdown", (event) => {
     if (event.target.closest("[data-own-pointer]")) return;
+    if (event.pointerType === "touch" && drawing !== null && penDraws) return;
+    if (event.pointerType === "pen" && touches.size) letGo(); // the hand was there first
     element.setPointerCapture(event.pointerId);
     if (event.pointerType === "touch") touches.set(event.pointerId, pane.locate(event));
     if (touches.size === 2) {
@@ -210,11 +216,20 @@ export function attachPointers(pane, tool) {
       event.preventDefault();
       panning = { id: event.pointerId, ...pane.locate(event) };
       element.classList.add("grabbing");
-    } else if (event.button === 0 && drawing === null) {
+    } else if ((event.button === 0 || event.button === ERASER_END) && drawing === null) {
       drawing = event.pointerId;
+      penDraws = event.pointerType === "pen";
       tool.start(event);
     }
   });
+
+  /** End what fingers do, and paint nothing. */
+  function letGo() {
+    if (drawing !== null) tool.cancel();
+    drawing = panning = null;
+    pinched = false;
+    touches.clear();
+  }
 
   element.addEventListener("pointermove", (event) => {
     if (touches.has(event.pointerId) && pinched) return pinch(event);

@@ -1,0 +1,109 @@
+"""The Try page with a pen and with fingers, as the browser reports them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from playwright.sync_api import CDPSession, Page, expect
+
+from support.studio_try import TryPage
+
+pytestmark = pytest.mark.browser
+Point = tuple[float, float]
+
+ERASE_WITH_THE_OTHER_END = """(stage, points) => points.forEach(([clientX, clientY], at) => {
+    const type = at === 0 ? "pointerdown" : at === points.length - 1 ? "pointerup" : "pointermove";
+    const button = type === "pointermove" ? -1 : 5, buttons = type === "pointerup" ? 0 : 32;
+    stage.dispatchEvent(new PointerEvent(type, {
+        pointerType: "pen", pointerId: 1, isPrimary: true, bubbles: true, button, buttons, clientX, clientY,
+    }));
+})"""
+"""Chromium's protocol has no eraser end. The id is that of the mouse, which an element may capture."""
+
+
+class Fingers:
+    """A pen and fingers on the photograph; positions are pixels of the photograph."""
+
+    def __init__(self, page: Page, photo: TryPage) -> None:
+        self.client: CDPSession = page.context.new_cdp_session(page)
+        self.at = photo.at
+
+    def pen(self, event: str, point: Point) -> None:
+        """`event`: Pressed, Moved or Released."""
+        x, y = self.at(*point)
+        more = {"pointerType": "pen", "force": 0.5, "button": "left", "clickCount": 1}
+        more["buttons"] = 0 if event == "Released" else 1
+        self.client.send("Input.dispatchMouseEvent", {"type": f"mouse{event}", "x": x, "y": y, **more})
+
+    def touch(self, event: str, points: Sequence[Point]) -> None:
+        """`event`: Start, Move or End; `points`: of all fingers that are down."""
+        places = [self.at(*point) for point in points]
+        touches = [{"x": x, "y": y, "id": number} for number, (x, y) in enumerate(places)]
+        self.client.send("Input.dispatchTouchEvent", {"type": f"touch{event}", "touchPoints": touches})
+
+
+@pytest.fixture
+def photo(page: Page) -> TryPage:
+    photo = TryPage(page)
+    photo.open_sample("Cat")
+    photo.tool("Brush").click()
+    return photo
+
+
+@pytest.fixture
+def fingers(page: Page, photo: TryPage) -> Fingers:
+    return Fingers(page, photo)
+
+
+def test_a_pen_paints_and_its_other_end_erases(photo: TryPage, fingers: Fingers) -> None:
+    fingers.pen("Moved", (100, 100))
+    fingers.pen("Pressed", (100, 100))
+    fingers.pen("Moved", (200, 100))
+    fingers.pen("Released", (200, 100))
+    painted = photo.saved_mask()
+    assert painted[100, [105, 150, 195]].all()
+    assert not painted[150].any()
+    places = [photo.at(150, y) for y in (60, 100, 140)]
+    photo.stage.evaluate(ERASE_WITH_THE_OTHER_END, places)
+    erased = photo.saved_mask()
+    assert erased[100, [105, 195]].all()
+    assert not erased[100, 150]
+
+
+def test_the_hand_that_holds_the_pen_does_nothing(photo: TryPage, fingers: Fingers) -> None:
+    zoom = photo.page.get_by_role("button", name="Show at 100 %")
+    fitted = zoom.inner_text()
+    fingers.touch("Start", [(300, 250)])  # first the hand, then the pen, then more of the hand
+    fingers.pen("Moved", (100, 100))
+    fingers.pen("Pressed", (100, 100))
+    fingers.pen("Moved", (150, 100))
+    fingers.touch("Start", [(300, 250), (320, 260)])
+    fingers.touch("Move", [(280, 250), (340, 270)])
+    fingers.pen("Moved", (200, 100))
+    fingers.pen("Released", (200, 100))
+    fingers.touch("End", [])
+    mask = photo.saved_mask()
+    assert mask[100, [105, 150, 195]].all()
+    assert not mask[200:].any()
+    assert zoom.inner_text() == fitted
+
+
+def test_a_finger_paints_and_two_zoom(photo: TryPage, fingers: Fingers) -> None:
+    fingers.touch("Start", [(100, 100)])
+    fingers.touch("Move", [(200, 100)])
+    fingers.touch("End", [])
+    painted = photo.saved_mask()
+    assert painted[100, [105, 150, 195]].all()
+    zoom = photo.page.get_by_role("button", name="Show at 100 %")
+    fitted = zoom.inner_text()
+    fingers.touch("Start", [(200, 200)])  # begins a stroke, which the second finger takes back
+    fingers.touch("Start", [(200, 200), (240, 200)])
+    for distance in (60, 80, 100):
+        fingers.touch("Move", [(220 - distance / 2, 200), (220 + distance / 2, 200)])
+    fingers.touch("End", [])
+    expect(zoom).not_to_have_text(fitted)
+    np.testing.assert_array_equal(photo.saved_mask(), painted)
+    photo.tool("Undo").click()
+    expect(photo.hole).to_contain_text("none")
