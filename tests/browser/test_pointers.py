@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pytest
-from playwright.sync_api import CDPSession, Page, expect
+from browser.conftest import Studio
+from playwright.sync_api import Browser, CDPSession, Page, expect
 
+from support.studio_browser import Watch, screenshots
 from support.studio_try import TryPage
 
 pytestmark = pytest.mark.browser
@@ -107,3 +110,43 @@ def test_a_finger_paints_and_two_zoom(photo: TryPage, fingers: Fingers) -> None:
     np.testing.assert_array_equal(photo.saved_mask(), painted)
     photo.tool("Undo").click()
     expect(photo.hole).to_contain_text("none")
+
+
+@pytest.fixture
+def phone(browser: Browser, studio: Studio, watch: Watch) -> Iterator[Page]:
+    """A page of a telephone, opened by the printed link."""
+    context = browser.new_context(
+        viewport={"width": 400, "height": 800}, has_touch=True, is_mobile=True, device_scale_factor=2
+    )
+    context.on("page", watch.follow)
+    page = context.new_page()
+    page.goto(studio.link)
+    yield page
+    context.close()
+
+
+def test_the_main_way_on_a_telephone(phone: Page) -> None:
+    photo = TryPage(phone)
+    phone.get_by_role("button", name="Cat", exact=True).tap()
+    expect(photo.stage).to_be_visible()
+    photo.tool("Brush").tap()
+    fingers = Fingers(phone, photo)
+    fingers.touch("Start", [(150, 120)])
+    fingers.touch("Move", [(200, 150)])
+    fingers.touch("End", [])
+    expect(photo.hole).not_to_contain_text("none")
+    assert phone.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
+    screenshots(phone, "try-telephone")
+    photo.fill_button.tap()
+    photo.expect_result()
+    before = photo.divider.get_attribute("aria-valuenow")
+    box = photo.divider.bounding_box()
+    assert box
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    for event, places in (("Start", [x]), ("Move", [x - 40]), ("Move", [x - 80]), ("End", [])):
+        points = [{"x": place, "y": y} for place in places]
+        fingers.client.send("Input.dispatchTouchEvent", {"type": f"touch{event}", "touchPoints": points})
+    expect(photo.divider).not_to_have_attribute("aria-valuenow", before or "")
+    with phone.expect_download() as download:
+        phone.get_by_role("link", name=re.compile("Download result")).tap()
+    assert download.value.suggested_filename.endswith(".png")
