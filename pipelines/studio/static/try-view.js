@@ -203,13 +203,16 @@ export function attachPointers(pane, tool) {
   element.addEventListener("pointerdown", (event) => {
     if (event.target.closest("[data-own-pointer]")) return;
     if (event.pointerType === "touch" && drawing !== null && penDraws) return;
-    if (event.pointerType === "pen" && touches.size) letGo(); // the hand was there first
+    if (event.pointerType === "pen" && touches.size) { // the hand was there first
+      letGo();
+      touches.clear();
+      pinched = false;
+    }
     element.setPointerCapture(event.pointerId);
     if (event.pointerType === "touch") touches.set(event.pointerId, pane.locate(event));
     if (touches.size === 2) {
+      letGo(); // the first finger was the start of a pinch
       pinched = true;
-      if (drawing !== null) tool.cancel(); // the first finger was the start of a pinch
-      drawing = panning = null;
     } else if (touches.size > 2 || pinched) {
       return;
     } else if (event.button === 1 || (event.button === 0 && tool.pans(event))) {
@@ -223,12 +226,10 @@ export function attachPointers(pane, tool) {
     }
   });
 
-  /** End what fingers do, and paint nothing. */
+  /** End the stroke without painting it, or the panning. */
   function letGo() {
     if (drawing !== null) tool.cancel();
     drawing = panning = null;
-    pinched = false;
-    touches.clear();
   }
 
   element.addEventListener("pointermove", (event) => {
