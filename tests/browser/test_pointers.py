@@ -10,7 +10,7 @@ import pytest
 from browser.conftest import Studio
 from playwright.sync_api import Browser, CDPSession, Page, expect
 
-from support.studio_browser import Watch, screenshots
+from support.studio_browser import Watch, overflow_pixels, screenshots
 from support.studio_try import TryPage
 
 pytestmark = pytest.mark.browser
@@ -26,7 +26,7 @@ ERASE_WITH_THE_OTHER_END = """(stage, points) => points.forEach(([clientX, clien
 """Chromium's protocol has no eraser end. The id is that of the mouse, which an element may capture."""
 
 
-class Fingers:
+class Pointers:
     """A pen and fingers on the photograph; positions are pixels of the photograph."""
 
     def __init__(self, page: Page, photo: TryPage) -> None:
@@ -42,7 +42,10 @@ class Fingers:
 
     def touch(self, event: str, points: Sequence[Point]) -> None:
         """`event`: Start, Move or End; `points`: of all fingers that are down."""
-        places = [self.at(*point) for point in points]
+        self.touch_window(event, [self.at(*point) for point in points])
+
+    def touch_window(self, event: str, places: Sequence[Point]) -> None:
+        """As `touch`, at positions in the window."""
         touches = [{"x": x, "y": y, "id": number} for number, (x, y) in enumerate(places)]
         self.client.send("Input.dispatchTouchEvent", {"type": f"touch{event}", "touchPoints": touches})
 
@@ -56,15 +59,15 @@ def photo(page: Page) -> TryPage:
 
 
 @pytest.fixture
-def fingers(page: Page, photo: TryPage) -> Fingers:
-    return Fingers(page, photo)
+def pointers(page: Page, photo: TryPage) -> Pointers:
+    return Pointers(page, photo)
 
 
-def test_a_pen_paints_and_its_other_end_erases(photo: TryPage, fingers: Fingers) -> None:
-    fingers.pen("Moved", (100, 100))
-    fingers.pen("Pressed", (100, 100))
-    fingers.pen("Moved", (200, 100))
-    fingers.pen("Released", (200, 100))
+def test_a_pen_paints_and_its_other_end_erases(photo: TryPage, pointers: Pointers) -> None:
+    pointers.pen("Moved", (100, 100))
+    pointers.pen("Pressed", (100, 100))
+    pointers.pen("Moved", (200, 100))
+    pointers.pen("Released", (200, 100))
     painted = photo.saved_mask()
     assert painted[100, [105, 150, 195]].all()
     assert not painted[150].any()
@@ -75,37 +78,37 @@ def test_a_pen_paints_and_its_other_end_erases(photo: TryPage, fingers: Fingers)
     assert not erased[100, 150]
 
 
-def test_the_hand_that_holds_the_pen_does_nothing(photo: TryPage, fingers: Fingers) -> None:
+def test_the_hand_that_holds_the_pen_does_nothing(photo: TryPage, pointers: Pointers) -> None:
     zoom = photo.page.get_by_role("button", name="Show at 100 %")
     fitted = zoom.inner_text()
-    fingers.touch("Start", [(300, 250)])  # first the hand, then the pen, then more of the hand
-    fingers.pen("Moved", (100, 100))
-    fingers.pen("Pressed", (100, 100))
-    fingers.pen("Moved", (150, 100))
-    fingers.touch("Start", [(300, 250), (320, 260)])
-    fingers.touch("Move", [(280, 250), (340, 270)])
-    fingers.pen("Moved", (200, 100))
-    fingers.pen("Released", (200, 100))
-    fingers.touch("End", [])
+    pointers.touch("Start", [(300, 250)])  # first the hand, then the pen, then more of the hand
+    pointers.pen("Moved", (100, 100))
+    pointers.pen("Pressed", (100, 100))
+    pointers.pen("Moved", (150, 100))
+    pointers.touch("Start", [(300, 250), (320, 260)])
+    pointers.touch("Move", [(280, 250), (340, 270)])
+    pointers.pen("Moved", (200, 100))
+    pointers.pen("Released", (200, 100))
+    pointers.touch("End", [])
     mask = photo.saved_mask()
     assert mask[100, [105, 150, 195]].all()
     assert not mask[200:].any()
     assert zoom.inner_text() == fitted
 
 
-def test_a_finger_paints_and_two_zoom(photo: TryPage, fingers: Fingers) -> None:
-    fingers.touch("Start", [(100, 100)])
-    fingers.touch("Move", [(200, 100)])
-    fingers.touch("End", [])
+def test_a_finger_paints_and_two_zoom(photo: TryPage, pointers: Pointers) -> None:
+    pointers.touch("Start", [(100, 100)])
+    pointers.touch("Move", [(200, 100)])
+    pointers.touch("End", [])
     painted = photo.saved_mask()
     assert painted[100, [105, 150, 195]].all()
     zoom = photo.page.get_by_role("button", name="Show at 100 %")
     fitted = zoom.inner_text()
-    fingers.touch("Start", [(200, 200)])  # begins a stroke, which the second finger takes back
-    fingers.touch("Start", [(200, 200), (240, 200)])
+    pointers.touch("Start", [(200, 200)])  # begins a stroke, which the second finger takes back
+    pointers.touch("Start", [(200, 200), (240, 200)])
     for distance in (60, 80, 100):
-        fingers.touch("Move", [(220 - distance / 2, 200), (220 + distance / 2, 200)])
-    fingers.touch("End", [])
+        pointers.touch("Move", [(220 - distance / 2, 200), (220 + distance / 2, 200)])
+    pointers.touch("End", [])
     expect(zoom).not_to_have_text(fitted)
     np.testing.assert_array_equal(photo.saved_mask(), painted)
     photo.tool("Undo").click()
@@ -130,12 +133,12 @@ def test_the_main_way_on_a_telephone(phone: Page) -> None:
     phone.get_by_role("button", name="Cat", exact=True).tap()
     expect(photo.stage).to_be_visible()
     photo.tool("Brush").tap()
-    fingers = Fingers(phone, photo)
-    fingers.touch("Start", [(150, 120)])
-    fingers.touch("Move", [(200, 150)])
-    fingers.touch("End", [])
+    pointers = Pointers(phone, photo)
+    pointers.touch("Start", [(150, 120)])
+    pointers.touch("Move", [(200, 150)])
+    pointers.touch("End", [])
     expect(photo.hole).not_to_contain_text("none")
-    assert phone.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
+    assert overflow_pixels(phone) <= 0
     screenshots(phone, "try-telephone")
     photo.fill_button.tap()
     photo.expect_result()
@@ -143,9 +146,10 @@ def test_the_main_way_on_a_telephone(phone: Page) -> None:
     box = photo.divider.bounding_box()
     assert box
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
-    for event, places in (("Start", [x]), ("Move", [x - 40]), ("Move", [x - 80]), ("End", [])):
-        points = [{"x": place, "y": y} for place in places]
-        fingers.client.send("Input.dispatchTouchEvent", {"type": f"touch{event}", "touchPoints": points})
+    pointers.touch_window("Start", [(x, y)])
+    for distance in (40, 80):
+        pointers.touch_window("Move", [(x - distance, y)])
+    pointers.touch_window("End", [])
     expect(photo.divider).not_to_have_attribute("aria-valuenow", before or "")
     with phone.expect_download() as download:
         phone.get_by_role("link", name=re.compile("Download result")).tap()

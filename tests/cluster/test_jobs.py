@@ -409,20 +409,26 @@ def test_a_job_that_is_stopped_leaves_no_lease(deployment: Deployment) -> None:
         lambda: "/step-00000020/state.pt" in " ".join(objects(deployment, "stopped/work")), "a checkpoint"
     )
     assert objects(deployment, "stopped/leases")
-    token = {"RAY_AUTH_TOKEN": deployment.cluster.token_file.read_text(), "RAY_AUTH_MODE": "token"}
-    command = ["ray", "job", "stop", job, "--address", deployment.cluster.jobs_url]
-    done = subprocess.run(
-        command, env=deployment.submitter | token, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    logs = subprocess.run(
-        ["ray", "job", "logs", *command[3:]], env=deployment.submitter | token, capture_output=True, text=True
-    )
-    assert "terminated; the same command resumes" in logs.stdout
+    ray_job(deployment, "stop", job)
+    assert "terminated; the same command resumes" in ray_job(deployment, "logs", job)
     assert objects(deployment, "stopped/leases") == []
     (record,) = [key for key in objects(deployment, "stopped/attempts") if "-train-" in key]
     attempt = json.loads(deployment.s3.get_object(Bucket="inpaint", Key=record)["Body"].read())
     assert attempt["error"] == "interrupted: its driver was terminated"
+
+
+def ray_job(deployment: Deployment, action: str, job: str) -> str:
+    """The output of `ray job ACTION JOB`."""
+    done = subprocess.run(
+        ["ray", "job", action, job, "--address", deployment.cluster.jobs_url],
+        env=deployment.submitter
+        | {"RAY_AUTH_TOKEN": deployment.cluster.token_file.read_text(), "RAY_AUTH_MODE": "token"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def objects(deployment: Deployment, prefix: str) -> list[str]:

@@ -82,7 +82,12 @@ def accessibility_faults(page: Page, schemes: tuple[str, ...] = SCHEMES) -> list
                     if found["impact"] in ("serious", "critical"):
                         nodes = "; ".join(node["html"][:160] for node in found["nodes"][:3])
                         faults.append(f"{scheme}, {width} px: {found['id']}: {found['help']}: {nodes}")
-                overflow = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
-                if overflow > 0:
+                if (overflow := overflow_pixels(page)) > 0:
                     faults.append(f"{scheme}, {width} px: {overflow} px wider than the window")
     return list(dict.fromkeys(faults))
+
+
+def overflow_pixels(page: Page) -> int:
+    """How much wider the page is than the window."""
+    pixels: int = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+    return pixels

@@ -195,14 +195,13 @@ export const ERASER_END = 5; // the button of a pen's other end
 export function attachPointers(pane, tool) {
   const { element, view } = pane;
   const touches = new Map(); // pointerId -> last position
-  let drawing = null; // pointerId
-  let penDraws = false;
+  let drawing = null; // the event that began the stroke
   let panning = null;
   let pinched = false; // until all fingers are up
 
   element.addEventListener("pointerdown", (event) => {
     if (event.target.closest("[data-own-pointer]")) return;
-    if (event.pointerType === "touch" && drawing !== null && penDraws) return;
+    if (event.pointerType === "touch" && drawing?.pointerType === "pen") return;
     if (event.pointerType === "pen" && touches.size) { // the hand was there first
       letGo();
       touches.clear();
@@ -220,8 +219,7 @@ export function attachPointers(pane, tool) {
       panning = { id: event.pointerId, ...pane.locate(event) };
       element.classList.add("grabbing");
     } else if ((event.button === 0 || event.button === ERASER_END) && drawing === null) {
-      drawing = event.pointerId;
-      penDraws = event.pointerType === "pen";
+      drawing = event;
       tool.start(event);
     }
   });
@@ -238,7 +236,7 @@ export function attachPointers(pane, tool) {
       const { px, py } = pane.locate(event);
       view.pan(px - panning.px, py - panning.py);
       Object.assign(panning, { px, py });
-    } else if (drawing === event.pointerId) {
+    } else if (drawing?.pointerId === event.pointerId) {
       const events = event.getCoalescedEvents?.() ?? [];
       tool.move(events.length ? events : [event]);
     }
@@ -263,7 +261,7 @@ export function attachPointers(pane, tool) {
     if (!touches.size) pinched = false;
     if (panning?.id === event.pointerId) panning = null;
     if (!panning) element.classList.remove("grabbing");
-    if (drawing !== event.pointerId) return;
+    if (drawing?.pointerId !== event.pointerId) return;
     drawing = null;
     if (event.type === "pointercancel") tool.cancel();
     else tool.end();
